@@ -1,0 +1,25 @@
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+
+.PHONY: run test lab bench lint
+
+run: .venv/ready
+	@$(BIN)/python notebooks/run.py
+
+test: .venv/ready
+	@$(BIN)/python -m pytest
+
+lab: .venv/ready
+	@$(BIN)/jupyter lab notebooks
+
+bench: .venv/ready
+	@for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+lint: .venv/ready
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[dev]"
+	@touch $@

@@ -1,0 +1,143 @@
+"""From cards to batches: token ids with labels on the answer, padding, and cards of like length together."""
+
+import inspect
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from fedllm_helpers.data import format_prompt
+
+logger = logging.getLogger(__name__)
+IGNORED = -100  # label of a token that is read, not learned: the loss of PyTorch and transformers passes it over
+
+
+def encode(
+    cards: Dataset | list[dict], tokenizer: PreTrainedTokenizerBase, seq_length: int, prompt: str = "short"
+) -> list[dict]:
+    """Turn cards into token ids with labels on the answer alone. Taught in notebook 02.
+
+    Args:
+        cards: rows of ``question`` and ``answer``.
+        tokenizer: of the model.
+        seq_length: tokens per card at most; a longer answer loses its end, and the log says how many did.
+        prompt: one of :data:`fedllm_helpers.data.PROMPTS`.
+
+    Returns:
+        Per card ``input_ids`` and ``labels`` of equal length, the end-of-text token included.
+
+    Raises:
+        ValueError: ``seq_length`` leaves no room for any token of an answer; the line says for how many cards.
+    """
+    prompts = [format_prompt(card["question"], prompt) for card in cards]
+    texts = [f"{text} {card['answer']}" for text, card in zip(prompts, cards, strict=True)]
+    tokens = tokenizer(texts, return_offsets_mapping=True)
+    rows, longest, cut, unlearnable = [], 0, 0, 0
+    for text, ids, offsets in zip(prompts, tokens["input_ids"], tokens["offset_mapping"], strict=True):
+        start = next(i for i, (_, end) in enumerate(offsets) if end > len(text))
+        ids = [*ids, tokenizer.eos_token_id] if ids[-1] != tokenizer.eos_token_id else ids
+        longest, cut, unlearnable = (
+            max(longest, len(ids)),
+            cut + (len(ids) > seq_length),
+            unlearnable + (start >= seq_length),
+        )
+        rows.append({"input_ids": ids[:seq_length], "labels": ([IGNORED] * start + ids[start:])[:seq_length]})
+    if unlearnable:
+        raise ValueError(
+            f"train.seq_length={seq_length} would cut {cut} of {len(rows)} cards and leaves {unlearnable} of them "
+            f"no token of their answer: the longest card has {longest} tokens"
+        )
+    if cut:
+        logger.warning(
+            "train.seq_length=%d cuts the end of %d of %d cards (the longest has %d tokens)",
+            seq_length,
+            cut,
+            len(rows),
+            longest,
+        )
+    return rows
+
+
+def collate(
+    rows: list[dict], tokenizer: PreTrainedTokenizerBase, answer_logits_only: bool = True
+) -> dict[str, torch.Tensor]:
+    """Pad rows to the longest of the batch and mark where logits are wanted.
+
+    The output layer over the whole vocabulary is a fifth of a small model's work, and prompts need none of it: only
+    positions before a labelled token keep their logits.
+
+    Args:
+        rows: from :func:`encode`.
+        tokenizer: gives the padding token and side.
+        answer_logits_only: False for models whose ``forward`` knows no ``logits_to_keep``.
+
+    Returns:
+        ``input_ids``, ``attention_mask``, ``position_ids`` of shape (batch, length); ``labels`` and ``shift_labels`` of
+        shape (batch, kept), aligned with the logits; ``logits_to_keep`` of shape (kept,).
+    """
+    length = max(len(row["input_ids"]) for row in rows)
+    ids = torch.full((len(rows), length), tokenizer.pad_token_id)
+    labels, mask = torch.full((len(rows), length), IGNORED), torch.zeros((len(rows), length), dtype=torch.long)
+    for i, row in enumerate(rows):
+        n = len(row["input_ids"])
+        where = slice(length - n, length) if tokenizer.padding_side == "left" else slice(0, n)
+        ids[i, where], labels[i, where], mask[i, where] = torch.tensor(row["input_ids"]), torch.tensor(row["labels"]), 1
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    if not answer_logits_only:
+        return {**batch, "labels": labels}
+    keep = (labels[:, 1:] != IGNORED).any(0).nonzero().squeeze(1)  # the logit at t predicts token t + 1
+    kept = labels[:, keep + 1].contiguous()
+    return {**batch, "labels": kept, "shift_labels": kept, "logits_to_keep": keep}
+
+
+def takes_logits_to_keep(model: PeftModel) -> bool:
+    """Whether the model can compute logits at some positions only."""
+    return "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters
+
+
+class LengthBatches(torch.utils.data.Sampler[int]):
+    """Random order in which cards of like length stand together, so that batches need little padding.
+
+    Unlike the sampler of transformers it does so for small datasets too, and visits the batches in random order: each
+    epoch shuffles all cards, sorts stretches of ``stretch`` batches by length, and shuffles the batches of a stretch.
+
+    Args:
+        lengths: tokens per card.
+        batch_size: cards per batch.
+        seed: of the order; every epoch draws a new one from it.
+        stretch: batches that are sorted together; 1 sorts nothing.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int = 0, stretch: int = 32) -> None:
+        self.lengths, self.batch_size, self.stretch = np.asarray(lengths), batch_size, stretch
+        self.rng = np.random.default_rng(seed)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        order = self.rng.permutation(len(self.lengths))
+        for start in range(0, len(order), self.batch_size * self.stretch):
+            part = order[start : start + self.batch_size * self.stretch]
+            part = part[np.argsort(self.lengths[part], kind="stable")]
+            full = len(part) // self.batch_size * self.batch_size
+            batches = self.rng.permutation(part[:full].reshape(-1, self.batch_size))
+            yield from np.concatenate([batches.ravel(), part[full:]]).tolist()  # a last, smaller batch stays last
+
+
+class CountingCollator:
+    """:func:`collate` for one model, counting ``rows``, ``tokens`` and ``cells`` (tokens and padding)."""
+
+    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer, self.answer_logits_only = tokenizer, takes_logits_to_keep(model)
+        self.rows, self.tokens, self.cells = 0, 0, 0
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        batch = collate(rows, self.tokenizer, self.answer_logits_only)
+        self.rows, self.cells = self.rows + len(rows), self.cells + batch["input_ids"].numel()
+        self.tokens += int(batch["attention_mask"].sum())
+        return batch

@@ -1,0 +1,40 @@
+"""What is sent: parameters and bytes of a model and its adapter, by its configuration alone."""
+
+from dataclasses import dataclass
+from importlib.resources import files
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from fedllm_helpers import models
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters: of the base model with its adapter, and of the adapter alone."""
+
+    total: int
+    trainable: int
+
+    @property
+    def share(self) -> float:
+        """Trainable part of the total, 0 to 1."""
+        return self.trainable / self.total
+
+
+def architecture(name: str) -> PreTrainedConfig:
+    """The shape of a model: from the package for those it knows, else from a folder or the hub. No weights."""
+    known = OmegaConf.to_container(OmegaConf.load(str(files("fedllm_helpers") / "conf" / "architectures.yaml")))
+    if name in known:
+        return AutoConfig.for_model(**known[name])
+    return models.from_pretrained(AutoConfig, models.locate(name))
+
+
+def parameter_counts(name: str, lora: DictConfig) -> ParameterCounts:
+    """Count parameters by configuration alone: the model is laid out without memory for its weights."""
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(architecture(name))
+        model = models.add_adapter(base, lora)
+    trainable, total = model.get_nb_trainable_parameters()
+    return ParameterCounts(total, trainable)

@@ -1,0 +1,231 @@
+"""Configuration: the course's YAML keys, typed and checked before anything is downloaded or trained."""
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+PRESETS = ("cpu", "course", "gpu")
+
+
+def _setting(
+    default: Any, meaning: str, low: float | None = None, high: float | None = None, choices: tuple = ()
+) -> Any:
+    limits = {"meaning": meaning, "low": low, "high": high, "choices": choices}
+    return (
+        field(default_factory=default, metadata=limits)
+        if callable(default)
+        else field(default=default, metadata=limits)
+    )
+
+
+@dataclass
+class Dataset:
+    """Where the flashcards come from and how a card becomes a prompt."""
+
+    name: str = _setting("hpo", "'hpo', a hub id, or a .json, .jsonl or .csv file")
+    prompt: str = _setting("short", "template around a question", choices=("short", "course"))
+    specialties: list[str] | None = _setting(None, "keep these specialties only; null keeps all")
+    max_cards_per_specialty: int | None = _setting(None, "seeded subset of each specialty; null keeps all", low=2)
+
+
+@dataclass
+class Lora:
+    """The adapter: which layers get a low-rank update, and how large (Hu et al. 2021, arXiv:2106.09685)."""
+
+    peft_lora_r: int = _setting(16, "rank r of the update B·A", low=1)
+    peft_lora_alpha: int = _setting(64, "α: the update is scaled by α / r", low=1)
+    lora_dropout: float = _setting(0.0, "share of the adapter's inputs dropped while training", low=0, high=0.99)
+    target_modules: list[str] | None = _setting(
+        None, "layers with an adapter; null: the family's attention projections"
+    )
+
+
+@dataclass
+class Model:
+    """The frozen base model and how it is held in memory."""
+
+    name: str = _setting("smollm2-135m", "'smollm2-135m', a hub id, or a folder")
+    quantization: int | None = _setting(None, "bits per frozen weight; null keeps them whole", choices=(None, 4, 8))
+    gradient_checkpointing: bool = _setting(False, "recompute activations: less memory, about a third more time")
+    use_fast_tokenizer: bool = _setting(True, "the compiled tokenizer; false refuses where no other exists")
+    device: str = _setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = _setting(
+        "auto", "number format of the frozen weights", choices=("auto", "float32", "bfloat16", "float16")
+    )
+    lora: Lora = field(default_factory=Lora)
+
+
+@dataclass
+class Train:
+    """Training of one adapter, and its schedule over the rounds of a federation."""
+
+    save_every_round: int = _setting(5, "keep the adapter of every n-th round", low=1)
+    seq_length: int = _setting(128, "tokens per card at most", low=1)
+    padding_side: str = _setting("left", "where short cards are filled up", choices=("left", "right"))
+    evaluate_split: bool | float = _setting(0.1, "share of cards held out; true is 0.1, false none", low=0, high=0.9)
+    learning_rate_max: float = _setting(2e-3, "rate of the first round", low=0)
+    learning_rate_min: float = _setting(2e-4, "rate towards which the rounds fall along a cosine", low=0)
+    training_arguments: dict[str, Any] = _setting(dict, "passed to transformers.TrainingArguments as it is")
+
+
+@dataclass
+class Federation:
+    """How many hospitals train together, and for how long."""
+
+    num_clients: int = _setting(6, "hospitals", low=1)
+    num_rounds: int = _setting(4, "rounds of train, send, average", low=1)
+    fraction_train: float = _setting(1.0, "share of the hospitals asked in a round", low=1e-9, high=1)
+
+
+@dataclass
+class Config:
+    """All settings of a run."""
+
+    seed: int = _setting(0, "seeds the split, the subset, the adapter's start and the order of the cards", low=0)
+    dataset: Dataset = field(default_factory=Dataset)
+    model: Model = field(default_factory=Model)
+    train: Train = field(default_factory=Train)
+    federation: Federation = field(default_factory=Federation)
+
+
+def load(source: str | Path | DictConfig = "cpu", *overrides: str) -> DictConfig:
+    """Read a configuration and check every value. Taught in notebook 02.
+
+    Args:
+        source: a preset (``cpu``, ``course``, ``gpu``), the path of a YAML file, or a configuration to change.
+        overrides: ``"key.path=value"``, applied last.
+
+    Returns:
+        A read-only, typed ``DictConfig`` with the fields of :class:`Config`.
+
+    Raises:
+        ValueError: unknown preset or key, wrong type or impossible value: one line that names what is allowed.
+        FileNotFoundError: the YAML file does not exist.
+    """
+    try:
+        given = source if isinstance(source, DictConfig) else OmegaConf.load(_path_of(source))
+        for override in overrides:
+            if "=" not in override:
+                raise ValueError(f"override {override!r}: expected 'key.path=value'")
+        config = OmegaConf.structured(Config)
+        OmegaConf.set_readonly(config, False)
+        config = OmegaConf.merge(config, given, OmegaConf.from_dotlist(list(overrides)))
+    except OmegaConfBaseException as error:
+        raise ValueError(_one_line(error)) from None
+    _check(config, Config)
+    _check_training_arguments(config.train.training_arguments)
+    if config.train.learning_rate_min > config.train.learning_rate_max:
+        raise ValueError(
+            f"train.learning_rate_min={config.train.learning_rate_min} is above "
+            f"train.learning_rate_max={config.train.learning_rate_max}: the rate falls over the rounds"
+        )
+    OmegaConf.set_readonly(config, True)
+    return config
+
+
+def explain(config: DictConfig) -> pd.DataFrame:
+    """One row per setting: its key, its value here, and what it means. Taught in notebook 02.
+
+    Args:
+        config: from :func:`load`.
+
+    Returns:
+        A table with the columns ``key``, ``value`` and ``meaning``.
+    """
+    rows = []
+    for key, setting in _settings(Config):
+        value = OmegaConf.select(config, key)
+        if isinstance(value, DictConfig):
+            rows += [
+                (f"{key}.{name}", item, f"as in transformers.TrainingArguments.{name}") for name, item in value.items()
+            ]
+        else:
+            rows.append((key, value, setting.metadata["meaning"]))
+    return pd.DataFrame(rows, columns=["key", "value", "meaning"])
+
+
+def _settings(schema: type, prefix: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for item in fields(schema):
+        found += (
+            _settings(item.type, f"{prefix}{item.name}.") if is_dataclass(item.type) else [(prefix + item.name, item)]
+        )
+    return found
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _path_of(source: str | Path) -> Path:
+    path = Path(source)
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.is_file():
+            raise FileNotFoundError(f"no configuration file at {path}")
+        return path
+    if source not in PRESETS:
+        raise ValueError(
+            f"unknown preset {str(source)!r}{_nearest(str(source), list(PRESETS))} (or a path to a .yaml file)"
+        )
+    return Path(str(files("fedllm_helpers") / "conf" / f"{source}.yaml"))
+
+
+def _one_line(error: OmegaConfBaseException) -> str:
+    key, first = error.full_key or "", str(error).splitlines()[0]
+    if "not in" in first:
+        depth = (
+            key.count(".") + 1
+        )  # compare with the keys of the same depth: 'modle' with 'model', not with 'model.name'
+        known = {".".join(name.split(".")[:depth]) for name, _ in _settings(Config) if name.count(".") >= depth - 1}
+        return f"unknown key {key!r}{_nearest(key, sorted(known))}"
+    wanted = dict(_settings(Config)).get(key)
+    return f"{key}: {first}" + (f"; expected {wanted.type} ({wanted.metadata['meaning']})" if wanted else "")
+
+
+def _check(config: DictConfig, schema: type) -> None:
+    for key, setting in _settings(schema):
+        value, limits = OmegaConf.select(config, key), setting.metadata
+        if limits["choices"] and value not in limits["choices"]:
+            allowed = ", ".join("null" if choice is None else str(choice) for choice in limits["choices"])
+            raise ValueError(f"{key}={value}: allowed are {allowed}")
+        if value is None or not isinstance(value, (int, float)):
+            continue
+        low, high = limits["low"], limits["high"]
+        if not (low is None or value >= low) or not (high is None or value <= high):
+            between = f"from {low} to {high}" if high is not None else f"{low} or more"
+            raise ValueError(f"{key}={value}: allowed is {between}")
+
+
+def _check_training_arguments(arguments: DictConfig) -> None:
+    from transformers import (
+        TrainingArguments,
+    )  # here: importing it takes seconds, and most readers of a config need none
+
+    known = [item.name for item in fields(TrainingArguments) if item.init]
+    for name in arguments:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = (
+                f"; did you mean {close[0]!r}?"
+                if close
+                else "; see the documentation of transformers.TrainingArguments"
+            )
+            raise ValueError(f"unknown key 'train.training_arguments.{name}'{hint}")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"):
+        value = arguments.get(name, 1)
+        if (
+            not isinstance(value, int)
+            or isinstance(value, bool)
+            or (value < 1 and not (name == "max_steps" and value == -1))
+        ):
+            raise ValueError(f"train.training_arguments.{name}={value}: allowed are whole numbers from 1")
+    rate = arguments.get("learning_rate", 1e-3)
+    if not isinstance(rate, (int, float)) or not rate > 0:
+        raise ValueError(f"train.training_arguments.learning_rate={rate}: allowed are numbers above 0")

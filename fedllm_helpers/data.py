@@ -1,0 +1,238 @@
+"""Flashcards: from an ontology, the hub or a file to prompts, a train/test split, and one partition per hospital."""
+
+import json
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset, load_dataset
+from flwr_datasets.partitioner import IidPartitioner
+from omegaconf import DictConfig
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from fedllm_helpers import ontology
+
+logger = logging.getLogger(__name__)
+
+# "short" costs few tokens; "course" is the template of Stanford Alpaca (tatsu-lab, 2023), which the course uses.
+PROMPTS = {
+    "short": "Question: {question}\nAnswer:",
+    "course": (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\n{question}\n\n### Response:"
+    ),
+}
+COLUMNS = "'question' and 'answer' (or 'instruction', 'input' and 'output')"
+
+
+def format_prompt(question: str, prompt: str = "short") -> str:
+    """The text before an answer; the answer follows after one space.
+
+    Raises:
+        ValueError: ``prompt`` is not one of :data:`PROMPTS`.
+    """
+    if prompt not in PROMPTS:
+        raise ValueError(f"unknown prompt {prompt!r}: known are {', '.join(PROMPTS)}")
+    return PROMPTS[prompt].format(question=question)
+
+
+def load(cfg: DictConfig) -> tuple[Dataset, Dataset]:
+    """Flashcards of a configuration, split by card.
+
+    Returns:
+        (train, test); the test part is empty where ``train.evaluate_split`` is 0.
+    """
+    cards = load_flashcards(cfg.dataset.name)
+    cards = choose(cards, cfg.dataset.specialties, cfg.dataset.max_cards_per_specialty, cfg.seed)
+    share = cfg.train.evaluate_split
+    return split(cards, {True: 0.1, False: 0.0}.get(share, share) if isinstance(share, bool) else share, cfg.seed)
+
+
+def load_flashcards(name: str = "hpo") -> Dataset:
+    """Read flashcards from the embedded ontology, a local file or the hub.
+
+    Args:
+        name: ``"hpo"``, the path of a ``.json``, ``.jsonl`` or ``.csv`` file, or a hub id. Columns are
+            ``question`` and ``answer`` (``specialty`` and ``card_id`` where present), or medical-meadow's
+            ``instruction``, ``input`` and ``output``.
+
+    Returns:
+        A dataset of ``question``, ``answer``, ``specialty``, ``card_id``. Cards without an answer and exact
+        repetitions are left out, and logged with their number.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file cannot be read as flashcards.
+        ConnectionError: the hub cannot be reached.
+    """
+    if name == "hpo":
+        rows = ontology.flashcards()
+    elif Path(name).suffix in {".json", ".jsonl", ".csv"}:
+        rows = read_rows(Path(name))
+    else:
+        rows = _read_hub(name)
+    cards, seen, empty = [], set(), 0
+    for number, row in enumerate(rows):
+        card = _card(row, name, number)
+        if not card["answer"] or not card["question"]:
+            empty += 1
+        elif (card["question"], card["answer"]) not in seen:
+            seen.add((card["question"], card["answer"]))
+            cards.append(card)
+    if empty:
+        logger.warning("%s: left out %d of %d cards without a question or an answer", name, empty, len(rows))
+    if len(rows) - empty > len(cards):
+        logger.info("%s: left out %d exact repetitions", name, len(rows) - empty - len(cards))
+    if not cards:
+        raise ValueError(f"{name}: no card with a question and an answer in {len(rows)} rows")
+    return Dataset.from_list(cards)
+
+
+def choose(cards: Dataset, specialties: Iterable[str] | None, max_per_specialty: int | None, seed: int = 0) -> Dataset:
+    """Keep some specialties, and of each a seeded subset.
+
+    Raises:
+        ValueError: a specialty that no card has; the line names those that exist.
+    """
+    present = sorted(set(cards["specialty"]))
+    missing = sorted(set(specialties or ()) - set(present))
+    if missing:
+        raise ValueError(f"no card of specialty {missing[0]!r}: present are {', '.join(present)}")
+    rng, names, keep = np.random.default_rng(seed), np.asarray(cards["specialty"]), []
+    for specialty in sorted(specialties) if specialties else present:
+        index = np.flatnonzero(names == specialty)
+        if max_per_specialty is not None and len(index) > max_per_specialty:
+            index = np.sort(rng.choice(index, max_per_specialty, replace=False))
+        keep.append(index)
+    return cards.select(np.concatenate(keep))
+
+
+def split(cards: Dataset, test_share: float, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """Split by card and specialty; cards that share a question or an answer stay on one side.
+
+    Args:
+        cards: from :func:`load_flashcards`.
+        test_share: share of each specialty that is held out, 0 to 0.9.
+        seed: of the shuffle.
+
+    Returns:
+        (train, test), shuffled.
+    """
+    frame = cards.to_pandas()
+    frame["group"] = _groups(frame)
+    rng = np.random.default_rng(seed)
+    test = np.zeros(len(frame), dtype=bool)
+    for _, part in frame.groupby("specialty", sort=True):
+        wanted, taken = round(test_share * len(part)), 0
+        for group in rng.permutation(part["group"].unique()):
+            members = frame.index[frame["group"] == group]
+            if taken + len(members) <= wanted and not test[members].any():
+                test[members] = True
+                taken += len(members)
+    order = rng.permutation(len(frame))
+    return cards.select(order[~test[order]]), cards.select(order[test[order]])
+
+
+def partition(cards: Dataset, num_clients: int, seed: int = 0) -> list[Dataset]:
+    """Divide cards evenly and at random over hospitals.
+
+    Raises:
+        ValueError: more hospitals than cards.
+    """
+    if num_clients > len(cards):
+        raise ValueError(f"federation.num_clients={num_clients}: there are only {len(cards)} cards")
+    partitioner = IidPartitioner(num_partitions=num_clients)
+    partitioner.dataset = cards.shuffle(seed=seed)
+    return [partitioner.load_partition(client) for client in range(num_clients)]
+
+
+def load_questions(path: str | Path) -> list[dict]:
+    """Read a multiple-choice benchmark in the manner of MedQA or PubMedQA.
+
+    Args:
+        path: ``.json``, ``.jsonl`` or ``.csv`` rows of ``question``, ``options`` (a list, or a mapping from letter to
+            text) and ``answer`` (a letter, an option's text, or its position from 0).
+
+    Returns:
+        Rows of ``question``, ``options`` (list of str) and ``answer`` (position of the right option).
+
+    Raises:
+        ValueError: a row lacks one of the three, or its answer is none of its options.
+    """
+    questions = []
+    for number, row in enumerate(read_rows(Path(path)), 1):
+        if not row.get("question") or not row.get("options") or "answer" not in row:
+            raise ValueError(f"{path}: row {number} needs 'question', 'options' and 'answer'")
+        options = json.loads(row["options"]) if isinstance(row["options"], str) else row["options"]
+        letters = list(options) if isinstance(options, dict) else [chr(ord("A") + i) for i in range(len(options))]
+        texts = [str(text) for text in (options.values() if isinstance(options, dict) else options)]
+        names = [{i, str(i), letters[i], texts[i]} for i in range(len(texts))]
+        right = [i for i in range(len(texts)) if row["answer"] in names[i]]
+        if len(right) != 1:
+            raise ValueError(
+                f"{path}: row {number}: answer {row['answer']!r} names {len(right)} of the options {', '.join(letters)}"
+            )
+        questions.append({"question": str(row["question"]), "options": texts, "answer": right[0]})
+    return questions
+
+
+def _card(row: dict, name: str, number: int) -> dict:
+    text = {
+        key: "" if pd.isna(value) else str(value).strip()
+        for key, value in row.items()
+        if not isinstance(value, (list, dict))
+    }
+    if "question" in text and "answer" in text:
+        question, answer = text["question"], text["answer"]
+    elif "output" in text and ("input" in text or "instruction" in text):
+        question, answer = text.get("input") or text.get("instruction", ""), text["output"]
+    else:
+        raise ValueError(f"{name}: row {number + 1} has the columns {', '.join(row)}; expected {COLUMNS}")
+    specialty, card_id = text.get("specialty") or "general", text.get("card_id") or f"{Path(name).stem}-{number}"
+    return {"question": question, "answer": answer, "specialty": specialty, "card_id": card_id}
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Read a ``.json``, ``.jsonl`` or ``.csv`` file as rows; see :func:`load_flashcards` for what it raises."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no data file at {path}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if not text.strip():
+            raise ValueError("the file is empty")
+        if path.suffix == ".csv":
+            rows = pd.read_csv(path, encoding="utf-8-sig").to_dict("records")
+        elif path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            rows = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except (ValueError, pd.errors.ParserError) as error:
+        raise ValueError(f"{path}: cannot be read as {path.suffix[1:]}: {error}; is the file whole?") from None
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: expected a list of rows with {COLUMNS}")
+    return rows
+
+
+def _read_hub(name: str) -> list[dict]:
+    try:
+        return load_dataset(name, split="train").to_list()
+    except Exception as error:  # the hub client raises a dozen types; all mean that there are no cards
+        raise ConnectionError(
+            f"dataset {name!r} cannot be read from the hub ({type(error).__name__}): check the name and the network, "
+            "or set dataset.name to 'hpo' or to a local .json, .jsonl or .csv file"
+        ) from error
+
+
+def _groups(frame: pd.DataFrame) -> np.ndarray:
+    """Connected components of cards that share a normalised question or answer; shape (cards,)."""
+    normal = frame[["question", "answer"]].map(lambda text: " ".join(re.findall(r"\w+", text.casefold())))
+    question, answer = pd.factorize(normal["question"])[0], pd.factorize(normal["answer"])[0]
+    size = question.max() + 1 + answer.max() + 1
+    edges = coo_array((np.ones(len(frame)), (question, question.max() + 1 + answer)), shape=(size, size))
+    return connected_components(edges, directed=False)[1][question]

@@ -1,0 +1,228 @@
+"""How good is a model: answer likelihood, multiple choice and greedy answers, each figure with n and an interval."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from scipy.stats import bootstrap
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from fedllm_helpers import models
+from fedllm_helpers.batches import IGNORED, collate, encode, takes_logits_to_keep
+from fedllm_helpers.data import format_prompt
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95 % interval from a bootstrap over ``n`` cards or questions."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}] (n = {self.n})"
+
+    def apart_from(self, other: "Estimate") -> bool:
+        """Whether the two intervals do not overlap: stricter than a paired test of the same cards."""
+        return self.high < other.low or other.high < self.low
+
+
+@dataclass(frozen=True)
+class AnswerScores:
+    """Per card: the summed negative log-likelihood of its answer in nats, and its tokens; both of shape (cards,)."""
+
+    nll: np.ndarray
+    tokens: np.ndarray
+
+    def select(self, mask: np.ndarray) -> "AnswerScores":
+        """The scores of some cards; ``mask`` is boolean or positions."""
+        return AnswerScores(self.nll[mask], self.tokens[mask])
+
+
+def score_answers(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cards: Dataset | list[dict],
+    *,
+    prompt: str = "short",
+    seq_length: int = 512,
+    batch_size: int = 8,
+    description: str | None = None,
+) -> AnswerScores:
+    """Negative log-likelihood of each card's answer, given its question. Taught in notebook 02.
+
+    Args:
+        model, tokenizer: from :func:`fedllm_helpers.models.load`.
+        cards: rows of ``question`` and ``answer``.
+        prompt, seq_length: as in training.
+        batch_size: cards at a time; cards of like length share a batch.
+        description: of a progress bar; None shows none.
+
+    Returns:
+        Sums per card, in the order of ``cards``.
+    """
+    rows = encode(cards, tokenizer, seq_length, prompt)
+    order = np.argsort([len(row["input_ids"]) for row in rows], kind="stable")
+    nll, tokens, keep = np.zeros(len(rows)), np.zeros(len(rows), dtype=int), takes_logits_to_keep(model)
+    with _bar(len(rows), description) as bar:
+        for start in range(0, len(rows), batch_size):
+            index = order[start : start + batch_size]
+            loss, count = _batch_nll(model, collate([rows[i] for i in index], tokenizer, keep))
+            nll[index], tokens[index] = loss, count
+            bar.update(len(index))
+    return AnswerScores(nll, tokens)
+
+
+def mean_nll(scores: AnswerScores, seed: int = 0) -> Estimate:
+    """Nats per answer token: summed negative log-likelihood over summed tokens, with a bootstrap over cards."""
+    return _bootstrap(lambda nll, tokens, axis: nll.sum(axis) / tokens.sum(axis), (scores.nll, scores.tokens), seed)
+
+
+def perplexity(scores: AnswerScores, seed: int = 0) -> Estimate:
+    """exp of :func:`mean_nll`: among how many equally likely tokens the model hesitates."""
+    nll = mean_nll(scores, seed)
+    return Estimate(*np.exp([nll.value, nll.low, nll.high]).tolist(), nll.n)
+
+
+def nll_difference(first: AnswerScores, second: AnswerScores, seed: int = 0) -> Estimate:
+    """Nats per token of ``first`` minus ``second`` on the same cards; paired bootstrap over cards.
+
+    Raises:
+        ValueError: the two were not scored on the same cards.
+    """
+    if not np.array_equal(first.tokens, second.tokens):
+        raise ValueError("a paired difference needs scores of the same cards in the same order")
+    samples = (first.nll, second.nll, first.tokens)
+    return _bootstrap(lambda a, b, tokens, axis: (a.sum(axis) - b.sum(axis)) / tokens.sum(axis), samples, seed)
+
+
+def choice_questions(cards: Dataset, pool: Dataset, n_options: int = 4, seed: int = 0) -> list[dict]:
+    """Ask for the right answer among answers of the same specialty.
+
+    Args:
+        cards: the questions, with their right answers.
+        pool: cards that lend wrong answers of the same specialty.
+        n_options: options per question.
+        seed: of the draw and of the right option's position.
+
+    Returns:
+        Rows of ``question``, ``options`` and ``answer`` (position of the right option).
+
+    Raises:
+        ValueError: a specialty has too few different answers.
+    """
+    rng, by_specialty = np.random.default_rng(seed), {}
+    for card in pool:
+        by_specialty.setdefault(card["specialty"], set()).add(card["answer"])
+    questions = []
+    for card in cards:
+        others = sorted(by_specialty.get(card["specialty"], set()) - {card["answer"]})
+        if len(others) < n_options - 1:
+            raise ValueError(
+                f"specialty {card['specialty']!r} has {len(others)} other answers, {n_options - 1} are needed"
+            )
+        options = [card["answer"], *rng.choice(others, n_options - 1, replace=False).tolist()]
+        order = rng.permutation(n_options)
+        options = [options[i] for i in order]
+        questions.append({"question": card["question"], "options": options, "answer": options.index(card["answer"])})
+    return questions
+
+
+def choose(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[dict],
+    *,
+    prompt: str = "short",
+    description: str | None = None,
+) -> np.ndarray:
+    """Pick for each question the option with the highest log-likelihood per token.
+
+    The length divides, or long options would lose for their length alone (Brown et al. 2020, arXiv:2005.14165).
+
+    Returns:
+        Whether the pick was right, boolean, shape (questions,).
+    """
+    cards = [{"question": q["question"], "answer": option} for q in questions for option in q["options"]]
+    scores = score_answers(model, tokenizer, cards, prompt=prompt, description=description)
+    ends = np.cumsum([len(q["options"]) for q in questions])
+    picks = [int(part.argmin()) for part in np.split(scores.nll / scores.tokens, ends[:-1])]
+    return np.array([pick == q["answer"] for pick, q in zip(picks, questions, strict=True)])
+
+
+def accuracy(correct: np.ndarray, seed: int = 0) -> Estimate:
+    """Share of right picks, with a bootstrap over questions."""
+    return _bootstrap(lambda right, axis: right.mean(axis), (np.asarray(correct, dtype=float),), seed)
+
+
+def baselines(questions: list[dict]) -> dict[str, float]:
+    """Accuracy without a model: ``chance``, and ``majority``, always the option or position most often right."""
+    chance = float(np.mean([1 / len(q["options"]) for q in questions]))
+    same = len({tuple(q["options"]) for q in questions}) == 1  # PubMedQA: always yes, no, maybe
+    rights = [q["options"][q["answer"]] if same else q["answer"] for q in questions]
+    return {"chance": chance, "majority": max(rights.count(r) for r in set(rights)) / len(rights)}
+
+
+@torch.no_grad()
+def generate(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[str],
+    *,
+    prompt: str = "short",
+    max_new_tokens: int = 40,
+) -> list[str]:
+    """Greedy answers, each up to the end-of-text token or ``max_new_tokens``."""
+    texts = [format_prompt(question, prompt) for question in questions]
+    tokens = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    out = model.generate(**tokens, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    return [
+        text.strip()
+        for text in tokenizer.batch_decode(out[:, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+    ]
+
+
+@torch.no_grad()
+def _batch_nll(model: PeftModel, batch: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    batch = {key: value.to(model.device) for key, value in batch.items()}
+    labels = batch.pop("labels")
+    if "logits_to_keep" not in batch:
+        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    batch.pop("shift_labels", None)
+    mask = labels != IGNORED
+    with models.autocast(model):
+        logits = model(**batch, use_cache=False).logits[mask].float()
+    losses = torch.zeros(labels.shape, device=labels.device)
+    losses[mask] = torch.nn.functional.cross_entropy(logits, labels[mask], reduction="none")
+    return losses.double().sum(1).cpu().numpy(), mask.sum(1).cpu().numpy()
+
+
+def _bootstrap(statistic: Callable, samples: tuple[np.ndarray, ...], seed: int) -> Estimate:
+    n = len(samples[0])
+    value = float(statistic(*samples, axis=0))
+    if n < 2:
+        raise ValueError(f"an interval needs at least 2 cards, there are {n}")
+    rng = np.random.default_rng(seed)
+    interval = bootstrap(
+        samples, statistic, paired=True, vectorized=True, method="percentile", n_resamples=2000, rng=rng
+    ).confidence_interval
+    return Estimate(value, float(interval.low), float(interval.high), n)
+
+
+def _bar(total: int, description: str | None) -> tqdm:
+    return tqdm(
+        total=total,
+        desc=description,
+        unit="card",
+        file=sys.stdout,
+        ncols=100,
+        mininterval=0.5,
+        disable=description is None,
+    )

@@ -1,0 +1,199 @@
+"""Fine-tune an adapter on flashcards with the Trainer, and the schedule over the rounds of a federation."""
+
+import contextlib
+import math
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from omegaconf import DictConfig, OmegaConf
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from fedllm_helpers import models
+from fedllm_helpers.batches import CountingCollator, LengthBatches, encode
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What one training did.
+
+    ``history`` has a row per logged step: ``step``, ``loss`` (nats per answer token), ``learning_rate``; ``examples``
+    and ``tokens`` went through the model; ``padding_share`` is the part of its input that was padding.
+    """
+
+    history: pd.DataFrame
+    examples: int
+    tokens: int
+    padding_share: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """One planned round of a federation: learning rate, number of hospitals that train, whether the adapter is kept."""
+
+    number: int
+    learning_rate: float
+    clients: int
+    saved: bool
+
+
+def fine_tune(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cards: Dataset,
+    cfg: DictConfig,
+    *,
+    learning_rate: float | None = None,
+    description: str = "training",
+    progress: bool = True,
+) -> TrainingRecord:
+    """Train the adapter in place with ``transformers.Trainer``, on the answers alone. Taught in notebook 02.
+
+    Args:
+        model, tokenizer: from :func:`fedllm_helpers.models.load`.
+        cards: flashcards of one owner.
+        cfg: its ``train.training_arguments`` go to ``TrainingArguments`` as they are.
+        learning_rate: in place of the configured one; a federation sets it round by round.
+        description: of the progress bar.
+        progress: whether to show the bar, with loss and time left.
+
+    Returns:
+        A record of the loss, the examples and tokens seen, the share of padding, and the seconds.
+
+    Raises:
+        ValueError: the cards do not fit ``train.seq_length``.
+        FloatingPointError: the loss is no longer finite; the adapter is then as it was before.
+    """
+    rows = encode(cards, tokenizer, cfg.train.seq_length, cfg.dataset.prompt)
+    collator, before = CountingCollator(model, tokenizer), models.get_adapter(model)
+    arguments = _training_arguments(cfg, model.device.type, learning_rate)
+    with tempfile.TemporaryDirectory() as scratch:
+        keeps_nothing = arguments.get("save_strategy", "steps") == "no"
+        arguments.setdefault("output_dir", scratch if keeps_nothing else "checkpoints")
+        bar = [_ProgressBar(description)] if progress else []
+        trainer = _AdapterTrainer(model, arguments, collator, rows, [_StopWhenNotFinite(), *bar])
+        start = time.perf_counter()
+        try:
+            trainer.train()
+        except FloatingPointError:
+            models.set_adapter(model, before)
+            raise
+        finally:
+            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # `bf16: true` would stay on to evaluate
+        seconds = time.perf_counter() - start
+    model.eval()
+    history = pd.DataFrame([row for row in trainer.state.log_history if "loss" in row])
+    padding = 1 - collator.tokens / max(collator.cells, 1)
+    return TrainingRecord(history[["step", "loss", "learning_rate"]], collator.rows, collator.tokens, padding, seconds)
+
+
+def rounds(cfg: DictConfig) -> list[Round]:
+    """The plan of a federation: a learning rate per round along a cosine, the hospitals asked, the adapters kept.
+
+    Round t of T has lr_min + ½ (lr_max − lr_min)(1 + cos(π t / T)), with t from 0: SGDR's schedule without restarts
+    (Loshchilov & Hutter 2017, arXiv:1608.03983). Taught in notebook 02.
+    """
+    low, high, total = cfg.train.learning_rate_min, cfg.train.learning_rate_max, cfg.federation.num_rounds
+    clients = max(1, round(cfg.federation.fraction_train * cfg.federation.num_clients))
+    plan = []
+    for number in range(1, total + 1):
+        rate = low + 0.5 * (high - low) * (1 + math.cos(math.pi * (number - 1) / total))
+        plan.append(Round(number, rate, clients, number % cfg.train.save_every_round == 0 or number == total))
+    return plan
+
+
+def _training_arguments(cfg: DictConfig, device: str, learning_rate: float | None) -> dict[str, Any]:
+    ours = {
+        "seed": cfg.seed,
+        "disable_tqdm": True,  # our own bar writes to stdout: what a notebook keeps of it is its last line
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "logging_nan_inf_filter": False,
+        "train_sampling_strategy": "group_by_length",
+        "use_cpu": device == "cpu",
+        "dataloader_pin_memory": device == "cuda",
+        "report_to": "none",
+    }
+    given = {k: v for k, v in OmegaConf.to_container(cfg.train.training_arguments).items() if v is not None}
+    return {**ours, **given, **({} if learning_rate is None else {"learning_rate": learning_rate})}
+
+
+class _AdapterTrainer(Trainer):
+    """A Trainer whose checkpoints are adapter folders: safetensors, nothing pickled."""
+
+    def __init__(
+        self, model: PeftModel, arguments: dict, collator: Callable, rows: list[dict], callbacks: list
+    ) -> None:
+        super().__init__(model, TrainingArguments(**arguments), collator, rows, callbacks=callbacks)
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+
+    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager:
+        """Half-precision products; the adapter itself stays float32."""
+        return models.autocast(self.model)
+
+    def _get_train_sampler(self, train_dataset: list[dict] | None = None) -> torch.utils.data.Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        lengths = [len(row["input_ids"]) for row in self.train_dataset]
+        return LengthBatches(lengths, self.args.train_batch_size, self.args.seed)
+
+    def _save_checkpoint(self, model: PeftModel, trial: Any) -> None:
+        folder = Path(self.args.output_dir)
+        models.save_adapter(self.model, folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        kept = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.split("-")[-1]))
+        for old in kept[: -(self.args.save_total_limit or len(kept))]:
+            shutil.rmtree(old)
+
+
+class _StopWhenNotFinite(TrainerCallback):
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict | None = None, **kw: Any) -> None:
+        """Raise at the first loss that is not finite."""
+        if logs and not np.isfinite(logs.get("loss", 0.0)):
+            raise FloatingPointError(
+                f"the loss is {logs['loss']} at step {state.global_step}: lower the learning rate, {args.learning_rate}"
+            )
+
+
+class _ProgressBar(TrainerCallback):
+    def __init__(self, description: str) -> None:
+        self.description, self.bar = description, None
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kw: Any) -> None:
+        """Start the bar on stdout, where a notebook keeps its last line and no error stream."""
+        self.bar = tqdm(
+            total=state.max_steps, desc=self.description, unit="step", file=sys.stdout, ncols=100, mininterval=0.5
+        )
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kw: Any) -> None:
+        """One step on."""
+        self.bar.update()
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict | None = None, **kw: Any) -> None:
+        """Show the loss beside the time left."""
+        if self.bar is not None and logs and "loss" in logs:
+            self.bar.set_postfix_str(f"loss {float(logs['loss']):.2f}", refresh=False)
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kw: Any) -> None:
+        """Leave the finished line."""
+        self.bar.close()

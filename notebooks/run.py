@@ -1,0 +1,126 @@
+"""Run the course: every notebook in order, from the folder of this file into ``build/``.
+
+``python notebooks/run.py [NAME ...] [--inplace]``: NAME picks notebooks (``01`` is enough); ``--inplace`` also stores the
+fresh outputs in the notebooks themselves.
+"""
+
+import argparse
+import re
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbconvert import HTMLExporter
+
+from fedllm_helpers import embedded
+
+HERE = Path(__file__).resolve().parent
+BUILD = HERE.parent / "build"
+
+
+def main() -> int:
+    """Fetch the model, run the notebooks, print a table; 1 as soon as one notebook fails."""
+    parser = argparse.ArgumentParser(description="Run the course's notebooks into build/.")
+    parser.add_argument("names", nargs="*", help="notebooks to run, such as 01 or 02_centralized; default all")
+    parser.add_argument("--inplace", action="store_true", help="store the outputs in the notebooks too")
+    arguments = parser.parse_args()
+    paths = [p for p in sorted(HERE.glob("*.ipynb")) if not arguments.names or p.stem.startswith(tuple(arguments.names))]
+    if not paths:
+        print(f"no notebook named {', '.join(arguments.names)} in {HERE}", file=sys.stderr)
+        return 2
+    try:
+        embedded.fetch()
+    except (OSError, ValueError) as error:
+        print(f"the model is not there: {error}", file=sys.stderr)
+        return 1
+    BUILD.mkdir(exist_ok=True)
+    rows = []
+    for path in paths:
+        try:
+            rows.append(run(path, arguments.inplace))
+        except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+            print(f"\n{path.name} failed in {error.where}:\n{plain(str(error))}", file=sys.stderr)
+            return 1
+    print_table(rows)
+    return 0
+
+
+def run(path: Path, inplace: bool) -> tuple[str, float, int | None, list[str], Path]:
+    """Execute one notebook with a live line; write its executed form and its page.
+
+    Returns:
+        Name, seconds, peak memory of its kernel in bytes (None where unknown), headline lines, page.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    code = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code" and cell.source.strip()]
+    start, place, peak = time.perf_counter(), {"cell": 0}, [None]
+
+    def say(number: int, end: str = "") -> None:
+        clock = time.strftime("%M:%S", time.gmtime(time.perf_counter() - start))
+        print(f"\r{path.stem:32s} cell {number:2d} of {len(code)}  {clock}", end=end, flush=True)
+
+    def started(cell: nbformat.NotebookNode, cell_index: int) -> None:
+        place["cell"] = code.index(cell_index) + 1 if cell_index in code else place["cell"]
+        say(place["cell"])
+
+    def completed(cell: nbformat.NotebookNode, cell_index: int) -> None:
+        peak[0] = peak_memory(client.km.provisioner.pid) or peak[0]
+
+    client = NotebookClient(
+        notebook,
+        timeout=None,
+        coalesce_streams=True,
+        record_timing=False,
+        resources={"metadata": {"path": str(path.parent)}},
+        extra_arguments=["--IPKernelApp.log_level=40"],
+        on_cell_start=started,
+        on_cell_complete=completed,
+    )
+    try:
+        client.execute()
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        error.where = f"cell {place['cell']} of {len(code)}"
+        raise
+    say(len(code), end="\n")
+    seconds, page = time.perf_counter() - start, BUILD / f"{path.stem}.html"
+    nbformat.write(notebook, BUILD / path.name)
+    if inplace:
+        nbformat.write(notebook, path)
+    page.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf8")
+    return path.stem, seconds, peak[0], headlines(notebook), page
+
+
+def headlines(notebook: nbformat.NotebookNode) -> list[str]:
+    """What the cells tagged ``headline`` printed."""
+    tagged = [cell for cell in notebook.cells if "headline" in cell.metadata.get("tags", [])]
+    return [line for cell in tagged for out in cell.outputs for line in out.get("text", "").splitlines()]
+
+
+def peak_memory(pid: int) -> int | None:
+    """Largest resident size of a process so far, in bytes; None where the system does not tell."""
+    status = Path(f"/proc/{pid}/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else None
+
+
+def plain(text: str) -> str:
+    """Without terminal colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def print_table(rows: list[tuple[str, float, int | None, list[str], Path]]) -> None:
+    """Notebook, time, memory and headline numbers; then where the pages are."""
+    print(f"\n{'notebook':32s} {'time':>6s} {'memory':>8s}  headline")
+    for name, seconds, peak, lines, _ in rows:
+        memory = f"{peak / 1e9:.1f} GB" if peak else ""
+        for number, line in enumerate(lines or [""]):
+            lead = (name, time.strftime("%M:%S", time.gmtime(seconds)), memory) if number == 0 else ("", "", "")
+            print(f"{lead[0]:32s} {lead[1]:>6s} {lead[2]:>8s}  {line}")
+    print("pages:\n" + "\n".join(f"  {page}" for *_, page in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
