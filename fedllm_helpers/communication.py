@@ -38,3 +38,10 @@ def parameter_counts(name: str, lora: DictConfig) -> ParameterCounts:
         model = models.add_adapter(base, lora)
     trainable, total = model.get_nb_trainable_parameters()
     return ParameterCounts(total, trainable)
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes that a model's parameters and buffers take in memory; quantised ones as they are stored."""
+    quantised = [p.quant_state for p in model.parameters() if getattr(p, "quant_state", None) is not None]
+    scales = sum(state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0) for state in quantised)
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]) + scales

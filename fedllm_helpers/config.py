@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 PRESETS = ("cpu", "course", "gpu")
+WHOLE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps")  # training arguments from 1
+FROM_ZERO = ("logging_steps", "save_steps", "save_total_limit", "warmup_steps")  # and from 0
+CONF = Path(str(files("fedllm_helpers") / "conf"))
 
 
 def _setting(
@@ -68,7 +72,9 @@ class Train:
     save_every_round: int = _setting(5, "keep the adapter of every n-th round", low=1)
     seq_length: int = _setting(128, "tokens per card at most", low=1)
     padding_side: str = _setting("left", "where short cards are filled up", choices=("left", "right"))
-    evaluate_split: bool | float = _setting(0.1, "share of cards held out; true is 0.1, false none", low=0, high=0.9)
+    evaluate_split: bool | int | float = _setting(
+        0.1, "share of cards held out; true is 0.1, false none", low=0, high=0.9
+    )
     learning_rate_max: float = _setting(2e-3, "rate of the first round", low=0)
     learning_rate_min: float = _setting(2e-4, "rate towards which the rounds fall along a cosine", low=0)
     training_arguments: dict[str, Any] = _setting(dict, "passed to transformers.TrainingArguments as it is")
@@ -108,16 +114,23 @@ def load(source: str | Path | DictConfig = "cpu", *overrides: str) -> DictConfig
         ValueError: unknown preset or key, wrong type or impossible value: one line that names what is allowed.
         FileNotFoundError: the YAML file does not exist.
     """
+    changes = OmegaConf.create()
+    for override in overrides:
+        try:
+            changes.merge_with_dotlist([override if "=" in override else f"{override}="])
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ValueError(f"override {override!r}: {' '.join(str(error).split())}") from None
+        if "=" not in override:
+            raise ValueError(f"override {override!r}: expected 'key.path=value'")
     try:
         given = source if isinstance(source, DictConfig) else OmegaConf.load(_path_of(source))
-        for override in overrides:
-            if "=" not in override:
-                raise ValueError(f"override {override!r}: expected 'key.path=value'")
         config = OmegaConf.structured(Config)
-        OmegaConf.set_readonly(config, False)
-        config = OmegaConf.merge(config, given, OmegaConf.from_dotlist(list(overrides)))
+        config = OmegaConf.merge(config, given, changes)
+        OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         raise ValueError(_one_line(error)) from None
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+        raise ValueError(f"{source} cannot be read as YAML settings: {' '.join(str(error).split())}") from None
     _check(config, Config)
     _check_training_arguments(config.train.training_arguments)
     if config.train.learning_rate_min > config.train.learning_rate_max:
@@ -138,12 +151,12 @@ def explain(config: DictConfig) -> pd.DataFrame:
     Returns:
         A table with the columns ``key``, ``value`` and ``meaning``.
     """
-    rows = []
+    rows, meanings = [], OmegaConf.load(CONF / "training_arguments.yaml")
     for key, setting in _settings(Config):
         value = OmegaConf.select(config, key)
         if isinstance(value, DictConfig):
             rows += [
-                (f"{key}.{name}", item, f"as in transformers.TrainingArguments.{name}") for name, item in value.items()
+                (f"{key}.{name}", item, meanings.get(name, setting.metadata["meaning"])) for name, item in value.items()
             ]
         else:
             rows.append((key, value, setting.metadata["meaning"]))
@@ -174,17 +187,17 @@ def _path_of(source: str | Path) -> Path:
         raise ValueError(
             f"unknown preset {str(source)!r}{_nearest(str(source), list(PRESETS))} (or a path to a .yaml file)"
         )
-    return Path(str(files("fedllm_helpers") / "conf" / f"{source}.yaml"))
+    return CONF / f"{source}.yaml"
 
 
 def _one_line(error: OmegaConfBaseException) -> str:
     key, first = error.full_key or "", str(error).splitlines()[0]
     if "not in" in first:
-        depth = (
-            key.count(".") + 1
-        )  # compare with the keys of the same depth: 'modle' with 'model', not with 'model.name'
-        known = {".".join(name.split(".")[:depth]) for name, _ in _settings(Config) if name.count(".") >= depth - 1}
-        return f"unknown key {key!r}{_nearest(key, sorted(known))}"
+        names = [name for name, _ in _settings(Config)]
+        homes = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
+        depth = key.count(".") + 1  # 'modle' is compared with 'model', not with 'model.name'
+        known = {".".join(name.split(".")[:depth]) for name in names if name.count(".") >= depth - 1}
+        return f"unknown key {key!r}" + (f"; did you mean {homes[0]!r}?" if homes else _nearest(key, sorted(known)))
     wanted = dict(_settings(Config)).get(key)
     return f"{key}: {first}" + (f"; expected {wanted.type} ({wanted.metadata['meaning']})" if wanted else "")
 
@@ -195,7 +208,7 @@ def _check(config: DictConfig, schema: type) -> None:
         if limits["choices"] and value not in limits["choices"]:
             allowed = ", ".join("null" if choice is None else str(choice) for choice in limits["choices"])
             raise ValueError(f"{key}={value}: allowed are {allowed}")
-        if value is None or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         low, high = limits["low"], limits["high"]
         if not (low is None or value >= low) or not (high is None or value <= high):
@@ -204,28 +217,24 @@ def _check(config: DictConfig, schema: type) -> None:
 
 
 def _check_training_arguments(arguments: DictConfig) -> None:
-    from transformers import (
-        TrainingArguments,
-    )  # here: importing it takes seconds, and most readers of a config need none
+    # here, because importing transformers takes seconds
+    from transformers import SchedulerType, TrainingArguments
+    from transformers.trainer_utils import SaveStrategy
 
     known = [item.name for item in fields(TrainingArguments) if item.init]
-    for name in arguments:
+    for name, value in arguments.items():
+        where = f"train.training_arguments.{name}={value}"
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
-            hint = (
-                f"; did you mean {close[0]!r}?"
-                if close
-                else "; see the documentation of transformers.TrainingArguments"
-            )
-            raise ValueError(f"unknown key 'train.training_arguments.{name}'{hint}")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"):
-        value = arguments.get(name, 1)
-        if (
-            not isinstance(value, int)
-            or isinstance(value, bool)
-            or (value < 1 and not (name == "max_steps" and value == -1))
-        ):
-            raise ValueError(f"train.training_arguments.{name}={value}: allowed are whole numbers from 1")
-    rate = arguments.get("learning_rate", 1e-3)
-    if not isinstance(rate, (int, float)) or not rate > 0:
-        raise ValueError(f"train.training_arguments.learning_rate={rate}: allowed are numbers above 0")
+            hint = f"did you mean {close[0]!r}?" if close else "transformers.TrainingArguments lists what it knows"
+            raise ValueError(f"unknown key 'train.training_arguments.{name}'; {hint}")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name in WHOLE and (not isinstance(value, int) or value < 1) and (name, value) != ("max_steps", -1):
+            raise ValueError(f"{where}: allowed are whole numbers from 1")
+        if name in FROM_ZERO and value is not None and not (number and value >= 0):
+            raise ValueError(f"{where}: allowed are numbers from 0")
+        if name == "learning_rate" and not (number and value > 0):
+            raise ValueError(f"{where}: allowed are numbers above 0")
+        kind = {"lr_scheduler_type": SchedulerType, "save_strategy": SaveStrategy}.get(name)
+        if kind and value not in [item.value for item in kind]:
+            raise ValueError(f"{where}: allowed are {', '.join(item.value for item in kind)}")

@@ -1,5 +1,6 @@
 """Flashcards: from an ontology, the hub or a file to prompts, a train/test split, and one partition per hospital."""
 
+import csv
 import json
 import logging
 import re
@@ -47,9 +48,12 @@ def load(cfg: DictConfig) -> tuple[Dataset, Dataset]:
         (train, test); the test part is empty where ``train.evaluate_split`` is 0.
     """
     cards = load_flashcards(cfg.dataset.name)
-    cards = choose(cards, cfg.dataset.specialties, cfg.dataset.max_cards_per_specialty, cfg.seed)
+    chosen = choose(cards, cfg.dataset.specialties, cfg.dataset.max_cards_per_specialty, cfg.seed)
+    if cfg.dataset.name != "hpo" and len(chosen) < len(cards):
+        limit = cfg.dataset.max_cards_per_specialty
+        logger.warning("dataset.max_cards_per_specialty=%s keeps %d of %d cards", limit, len(chosen), len(cards))
     share = cfg.train.evaluate_split
-    return split(cards, {True: 0.1, False: 0.0}.get(share, share) if isinstance(share, bool) else share, cfg.seed)
+    return split(chosen, (0.1 if share else 0.0) if isinstance(share, bool) else share, cfg.seed)
 
 
 def load_flashcards(name: str = "hpo") -> Dataset:
@@ -121,6 +125,9 @@ def split(cards: Dataset, test_share: float, seed: int = 0) -> tuple[Dataset, Da
 
     Returns:
         (train, test), shuffled.
+
+    Raises:
+        ValueError: cards are so few, or share answers so widely, that one side would be empty.
     """
     frame = cards.to_pandas()
     frame["group"] = _groups(frame)
@@ -133,6 +140,11 @@ def split(cards: Dataset, test_share: float, seed: int = 0) -> tuple[Dataset, Da
             if taken + len(members) <= wanted and not test[members].any():
                 test[members] = True
                 taken += len(members)
+    if test_share > 0 and (not test.any() or test.all()):
+        raise ValueError(
+            f"train.evaluate_split={test_share}: {len(frame)} cards in {frame['group'].nunique()} groups of shared "
+            "questions or answers cannot be split; set it to 0, or bring more cards"
+        )
     order = rng.permutation(len(frame))
     return cards.select(order[~test[order]]), cards.select(order[test[order]])
 
@@ -148,36 +160,6 @@ def partition(cards: Dataset, num_clients: int, seed: int = 0) -> list[Dataset]:
     partitioner = IidPartitioner(num_partitions=num_clients)
     partitioner.dataset = cards.shuffle(seed=seed)
     return [partitioner.load_partition(client) for client in range(num_clients)]
-
-
-def load_questions(path: str | Path) -> list[dict]:
-    """Read a multiple-choice benchmark in the manner of MedQA or PubMedQA.
-
-    Args:
-        path: ``.json``, ``.jsonl`` or ``.csv`` rows of ``question``, ``options`` (a list, or a mapping from letter to
-            text) and ``answer`` (a letter, an option's text, or its position from 0).
-
-    Returns:
-        Rows of ``question``, ``options`` (list of str) and ``answer`` (position of the right option).
-
-    Raises:
-        ValueError: a row lacks one of the three, or its answer is none of its options.
-    """
-    questions = []
-    for number, row in enumerate(read_rows(Path(path)), 1):
-        if not row.get("question") or not row.get("options") or "answer" not in row:
-            raise ValueError(f"{path}: row {number} needs 'question', 'options' and 'answer'")
-        options = json.loads(row["options"]) if isinstance(row["options"], str) else row["options"]
-        letters = list(options) if isinstance(options, dict) else [chr(ord("A") + i) for i in range(len(options))]
-        texts = [str(text) for text in (options.values() if isinstance(options, dict) else options)]
-        names = [{i, str(i), letters[i], texts[i]} for i in range(len(texts))]
-        right = [i for i in range(len(texts)) if row["answer"] in names[i]]
-        if len(right) != 1:
-            raise ValueError(
-                f"{path}: row {number}: answer {row['answer']!r} names {len(right)} of the options {', '.join(letters)}"
-            )
-        questions.append({"question": str(row["question"]), "options": texts, "answer": right[0]})
-    return questions
 
 
 def _card(row: dict, name: str, number: int) -> dict:
@@ -205,14 +187,19 @@ def read_rows(path: Path) -> list[dict]:
         if not text.strip():
             raise ValueError("the file is empty")
         if path.suffix == ".csv":
-            rows = pd.read_csv(path, encoding="utf-8-sig").to_dict("records")
+            rows = list(csv.DictReader(text.splitlines(keepends=True), strict=True))
+            ragged = [i for i, row in enumerate(rows, 2) if None in row or None in row.values()]
+            if ragged:
+                raise ValueError(
+                    f"line {ragged[0]} has another number of columns than the first; quote text with commas"
+                )
         elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             rows = json.loads(text)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except (ValueError, pd.errors.ParserError) as error:
+    except (ValueError, csv.Error) as error:
         raise ValueError(f"{path}: cannot be read as {path.suffix[1:]}: {error}; is the file whole?") from None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected a list of rows with {COLUMNS}")

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from platformdirs import user_cache_path
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -54,10 +55,10 @@ def fetch(cache: Path | None = None, sha256: str = SHA256) -> Path:
         with FileLock(folder.with_suffix(".lock")):
             if not folder.is_dir():
                 _fetch_into(folder, sha256)
-    except OSError as error:
-        if isinstance(error, ConnectionError):
-            raise
-        reason = f"{error.strerror or error} ({folder.parent})"
+    except ConnectionError:
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = f"{getattr(error, 'strerror', None) or error} ({folder.parent})"
         raise OSError(f"cannot keep the model: {reason}; free 0.8 GB or set FEDLLM_CACHE to another folder") from error
     return folder
 

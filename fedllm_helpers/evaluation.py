@@ -1,4 +1,4 @@
-"""How good is a model: answer likelihood, multiple choice and greedy answers, each figure with n and an interval."""
+"""How good is a model: answer likelihood and greedy answers, each figure with n and an interval."""
 
 import sys
 from collections.abc import Callable
@@ -103,71 +103,9 @@ def nll_difference(first: AnswerScores, second: AnswerScores, seed: int = 0) -> 
     return _bootstrap(lambda a, b, tokens, axis: (a.sum(axis) - b.sum(axis)) / tokens.sum(axis), samples, seed)
 
 
-def choice_questions(cards: Dataset, pool: Dataset, n_options: int = 4, seed: int = 0) -> list[dict]:
-    """Ask for the right answer among answers of the same specialty.
-
-    Args:
-        cards: the questions, with their right answers.
-        pool: cards that lend wrong answers of the same specialty.
-        n_options: options per question.
-        seed: of the draw and of the right option's position.
-
-    Returns:
-        Rows of ``question``, ``options`` and ``answer`` (position of the right option).
-
-    Raises:
-        ValueError: a specialty has too few different answers.
-    """
-    rng, by_specialty = np.random.default_rng(seed), {}
-    for card in pool:
-        by_specialty.setdefault(card["specialty"], set()).add(card["answer"])
-    questions = []
-    for card in cards:
-        others = sorted(by_specialty.get(card["specialty"], set()) - {card["answer"]})
-        if len(others) < n_options - 1:
-            raise ValueError(
-                f"specialty {card['specialty']!r} has {len(others)} other answers, {n_options - 1} are needed"
-            )
-        options = [card["answer"], *rng.choice(others, n_options - 1, replace=False).tolist()]
-        order = rng.permutation(n_options)
-        options = [options[i] for i in order]
-        questions.append({"question": card["question"], "options": options, "answer": options.index(card["answer"])})
-    return questions
-
-
-def choose(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: list[dict],
-    *,
-    prompt: str = "short",
-    description: str | None = None,
-) -> np.ndarray:
-    """Pick for each question the option with the highest log-likelihood per token.
-
-    The length divides, or long options would lose for their length alone (Brown et al. 2020, arXiv:2005.14165).
-
-    Returns:
-        Whether the pick was right, boolean, shape (questions,).
-    """
-    cards = [{"question": q["question"], "answer": option} for q in questions for option in q["options"]]
-    scores = score_answers(model, tokenizer, cards, prompt=prompt, description=description)
-    ends = np.cumsum([len(q["options"]) for q in questions])
-    picks = [int(part.argmin()) for part in np.split(scores.nll / scores.tokens, ends[:-1])]
-    return np.array([pick == q["answer"] for pick, q in zip(picks, questions, strict=True)])
-
-
 def accuracy(correct: np.ndarray, seed: int = 0) -> Estimate:
     """Share of right picks, with a bootstrap over questions."""
     return _bootstrap(lambda right, axis: right.mean(axis), (np.asarray(correct, dtype=float),), seed)
-
-
-def baselines(questions: list[dict]) -> dict[str, float]:
-    """Accuracy without a model: ``chance``, and ``majority``, always the option or position most often right."""
-    chance = float(np.mean([1 / len(q["options"]) for q in questions]))
-    same = len({tuple(q["options"]) for q in questions}) == 1  # PubMedQA: always yes, no, maybe
-    rights = [q["options"][q["answer"]] if same else q["answer"] for q in questions]
-    return {"chance": chance, "majority": max(rights.count(r) for r in set(rights)) / len(rights)}
 
 
 @torch.no_grad()

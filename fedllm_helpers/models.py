@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from transformers import (
@@ -35,7 +35,7 @@ def load(cfg: DictConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
         cfg: from :func:`fedllm_helpers.config.load`; ``cfg.seed`` seeds the adapter's matrix A, B starts at zero.
 
     Returns:
-        (model, tokenizer). The adapter is float32 whatever the base is held in.
+        (model, tokenizer), the model set to evaluate. The adapter is float32 whatever the base is held in.
 
     Raises:
         FileNotFoundError: a model folder is absent or without weights.
@@ -48,21 +48,20 @@ def load(cfg: DictConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
         tokenizer = from_pretrained(AutoTokenizer, where)
         base = from_pretrained(AutoModelForCausalLM, where, **_placement(cfg.model, device, dtype))
     if not cfg.model.use_fast_tokenizer and tokenizer.is_fast:
-        raise ValueError(
-            "model.use_fast_tokenizer=false: transformers 5 has no other tokenizer for this model; set it to true"
-        )
+        raise ValueError("model.use_fast_tokenizer=false: transformers 5 has no other for this model; set it to true")
     tokenizer.padding_side = cfg.train.padding_side
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if cfg.model.quantization is None:
         base = base.to(device)
-    base.config.use_cache = not cfg.model.gradient_checkpointing
     if cfg.model.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.config.use_cache = False
+        with _quiet():
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = add_adapter(base, cfg.model.lora, cfg.seed)
     model.peft_config["default"].base_model_name_or_path = (
         embedded.HUB_ID if cfg.model.name == embedded.NAME else cfg.model.name
     )
-    return model, tokenizer
+    return model.eval(), tokenizer
 
 
 def add_adapter(base: torch.nn.Module, lora: DictConfig, seed: int = 0) -> PeftModel:
@@ -175,21 +174,18 @@ def load_adapter(model: PeftModel, folder: str | Path) -> None:
         FileNotFoundError: the folder holds no adapter.
         ValueError: the file is damaged, or the adapter is of another model or rank.
     """
-    path = Path(folder) / "adapter_model.safetensors"
+    path, own = Path(folder) / "adapter_model.safetensors", model.peft_config["default"]
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at {path}")
+    saved = PeftConfig.from_pretrained(folder)
+    for name in ("base_model_name_or_path", "r", "lora_alpha"):
+        if getattr(saved, name) != getattr(own, name):
+            raise ValueError(f"{folder} does not fit: its {name} is {getattr(saved, name)}, here {getattr(own, name)}")
     try:
         adapter = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     set_adapter(model, adapter)
-
-
-def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes that a model's parameters and buffers take in memory; quantised ones as they are stored."""
-    quantised = [p.quant_state for p in model.parameters() if getattr(p, "quant_state", None) is not None]
-    scales = sum(state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0) for state in quantised)
-    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]) + scales
 
 
 def _adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -228,7 +224,7 @@ def from_pretrained(kind: type, where: str, **options: Any) -> Any:
     """``kind.from_pretrained``, with one line for a folder that is not whole or a hub that cannot be reached."""
     try:
         return kind.from_pretrained(where, **options)
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         if Path(where).is_dir():
             raise FileNotFoundError(f"model folder {where} is not whole: {reason}") from error
@@ -240,10 +236,10 @@ def from_pretrained(kind: type, where: str, **options: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the loading bars, and without one warning of PEFT about a name that transformers 6 will drop."""
+    """Without the loading bars, and without the warnings about a name that transformers 6 will drop."""
     transformers_logging.disable_progress_bar()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing(_enable)?` is deprecated")
         try:
             yield
         finally:

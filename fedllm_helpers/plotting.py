@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 STYLE = "fedllm_helpers.course"
 # One colour and one mark per arm in every notebook; the marks keep them apart in greyscale.
@@ -91,6 +91,7 @@ def pairs(table: pd.DataFrame, first: str, second: str, xlabel: str, title: str)
         axes.plot(table[first], y, "o", color="#1f4e8c", label=first)
         axes.plot(table[second], y, "s", color="#e08214", markerfacecolor="white", label=second)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_yticks(y, table["label"])

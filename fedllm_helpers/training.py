@@ -8,10 +8,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
@@ -29,7 +29,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fedllm_helpers import models
-from fedllm_helpers.batches import CountingCollator, LengthBatches, encode
+from fedllm_helpers.batches import LengthBatches, collate, encode, takes_logits_to_keep
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,11 @@ def fine_tune(
         FloatingPointError: the loss is no longer finite; the adapter is then as it was before.
     """
     rows = encode(cards, tokenizer, cfg.train.seq_length, cfg.dataset.prompt)
-    collator, before = CountingCollator(model, tokenizer), models.get_adapter(model)
-    arguments = _training_arguments(cfg, model.device.type, learning_rate)
+    collator = partial(collate, tokenizer=tokenizer, answer_logits_only=takes_logits_to_keep(model))
+    before, bar = models.get_adapter(model), [_ProgressBar(description)] if progress else []
     with tempfile.TemporaryDirectory() as scratch:
-        keeps_nothing = arguments.get("save_strategy", "steps") == "no"
-        arguments.setdefault("output_dir", scratch if keeps_nothing else "checkpoints")
-        bar = [_ProgressBar(description)] if progress else []
-        trainer = _AdapterTrainer(model, arguments, collator, rows, [_StopWhenNotFinite(), *bar])
+        arguments = _training_arguments(cfg, model.device.type, learning_rate, scratch)
+        trainer = _AdapterTrainer(model, arguments, collator, rows, bar)
         start = time.perf_counter()
         try:
             trainer.train()
@@ -102,9 +100,10 @@ def fine_tune(
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # `bf16: true` would stay on to evaluate
         seconds = time.perf_counter() - start
     model.eval()
-    history = pd.DataFrame([row for row in trainer.state.log_history if "loss" in row])
-    padding = 1 - collator.tokens / max(collator.cells, 1)
-    return TrainingRecord(history[["step", "loss", "learning_rate"]], collator.rows, collator.tokens, padding, seconds)
+    columns = ["step", "loss", "learning_rate"]
+    history = pd.DataFrame([row for row in trainer.state.log_history if "loss" in row], columns=columns)
+    padding = 1 - trainer.tokens / trainer.cells
+    return TrainingRecord(history, trainer.examples, trainer.tokens, padding, seconds)
 
 
 def rounds(cfg: DictConfig) -> list[Round]:
@@ -122,9 +121,12 @@ def rounds(cfg: DictConfig) -> list[Round]:
     return plan
 
 
-def _training_arguments(cfg: DictConfig, device: str, learning_rate: float | None) -> dict[str, Any]:
+def _training_arguments(cfg: DictConfig, device: str, learning_rate: float | None, scratch: str) -> dict[str, Any]:
+    keeps_nothing = cfg.train.training_arguments.get("save_strategy", "steps") == "no"
     ours = {
+        "output_dir": scratch if keeps_nothing else "checkpoints",
         "seed": cfg.seed,
+        "logging_steps": 1,
         "disable_tqdm": True,  # our own bar writes to stdout: what a notebook keeps of it is its last line
         "remove_unused_columns": False,
         "label_names": ["labels"],
@@ -147,6 +149,20 @@ class _AdapterTrainer(Trainer):
         super().__init__(model, TrainingArguments(**arguments), collator, rows, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+        self.examples, self.tokens, self.cells, self.kept = 0, 0, 0, []
+
+    def training_step(self, model: PeftModel, inputs: dict[str, torch.Tensor], *rest: Any, **kw: Any) -> torch.Tensor:
+        """A step of the Trainer, with its examples, tokens and cells (tokens and padding) counted."""
+        mask = inputs["attention_mask"]
+        self.examples, self.tokens = self.examples + len(mask), self.tokens + int(mask.sum())
+        self.cells += mask.numel()
+        loss = super().training_step(model, inputs, *rest, **kw)
+        if not torch.isfinite(loss):
+            rate = self.args.learning_rate
+            raise FloatingPointError(
+                f"the loss is {loss:.0f} after {self.state.global_step} steps: lower the rate, {rate}"
+            )
+        return loss
 
     def compute_loss_context_manager(self) -> contextlib.AbstractContextManager:
         """Half-precision products; the adapter itself stays float32."""
@@ -159,20 +175,10 @@ class _AdapterTrainer(Trainer):
         return LengthBatches(lengths, self.args.train_batch_size, self.args.seed)
 
     def _save_checkpoint(self, model: PeftModel, trial: Any) -> None:
-        folder = Path(self.args.output_dir)
-        models.save_adapter(self.model, folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        kept = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.split("-")[-1]))
-        for old in kept[: -(self.args.save_total_limit or len(kept))]:
-            shutil.rmtree(old)
-
-
-class _StopWhenNotFinite(TrainerCallback):
-    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict | None = None, **kw: Any) -> None:
-        """Raise at the first loss that is not finite."""
-        if logs and not np.isfinite(logs.get("loss", 0.0)):
-            raise FloatingPointError(
-                f"the loss is {logs['loss']} at step {state.global_step}: lower the learning rate, {args.learning_rate}"
-            )
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.kept.append(models.save_adapter(self.model, folder))
+        while len(self.kept) > (self.args.save_total_limit or len(self.kept)):  # of this training; others' stay
+            shutil.rmtree(self.kept.pop(0))
 
 
 class _ProgressBar(TrainerCallback):

@@ -1,7 +1,7 @@
 """Run the course: every notebook in order, from the folder of this file into ``build/``.
 
-``python notebooks/run.py [NAME ...] [--inplace]``: NAME picks notebooks (``01`` is enough); ``--inplace`` also stores the
-fresh outputs in the notebooks themselves.
+``python notebooks/run.py [NAME ...] [--inplace]``: NAME picks notebooks (``01`` is enough); ``--inplace`` also stores
+the fresh outputs in the notebooks themselves.
 """
 
 import argparse
@@ -27,7 +27,9 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="notebooks to run, such as 01 or 02_centralized; default all")
     parser.add_argument("--inplace", action="store_true", help="store the outputs in the notebooks too")
     arguments = parser.parse_args()
-    paths = [p for p in sorted(HERE.glob("*.ipynb")) if not arguments.names or p.stem.startswith(tuple(arguments.names))]
+    paths = [
+        p for p in sorted(HERE.glob("*.ipynb")) if not arguments.names or p.stem.startswith(tuple(arguments.names))
+    ]
     if not paths:
         print(f"no notebook named {', '.join(arguments.names)} in {HERE}", file=sys.stderr)
         return 2

@@ -1,0 +1,124 @@
+"""Multiple choice: questions from cards or from a benchmark's file, a model's picks, and what needs no model."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from fedllm_helpers.data import read_rows
+from fedllm_helpers.evaluation import score_answers
+
+
+def from_cards(cards: Dataset, pool: Dataset, n_options: int = 4, seed: int = 0) -> list[dict]:
+    """Ask for the right answer among answers of the same specialty. Taught in notebook 01.
+
+    Args:
+        cards: the questions, with their right answers.
+        pool: cards that lend wrong answers of the same specialty.
+        n_options: options per question.
+        seed: of the draw and of the right option's position.
+
+    Returns:
+        Rows of ``question``, ``options`` and ``answer`` (position of the right option).
+
+    Raises:
+        ValueError: a specialty has too few different answers.
+    """
+    rng, by_specialty = np.random.default_rng(seed), {}
+    for card in pool:
+        by_specialty.setdefault(card["specialty"], set()).add(card["answer"])
+    questions = []
+    for card in cards:
+        others = sorted(by_specialty.get(card["specialty"], set()) - {card["answer"]})
+        if len(others) < n_options - 1:
+            raise ValueError(
+                f"specialty {card['specialty']!r} has {len(others)} other answers, {n_options - 1} are needed"
+            )
+        options = [card["answer"], *rng.choice(others, n_options - 1, replace=False).tolist()]
+        order = rng.permutation(n_options)
+        options = [options[i] for i in order]
+        questions.append({"question": card["question"], "options": options, "answer": options.index(card["answer"])})
+    return questions
+
+
+def from_file(path: str | Path) -> list[dict]:
+    """Read a multiple-choice benchmark in the manner of MedQA or PubMedQA.
+
+    Args:
+        path: ``.json``, ``.jsonl`` or ``.csv`` rows of ``question``, ``options`` (a list, or a mapping from letter to
+            text) and ``answer`` (a letter, an option's text, or its position from 0).
+
+    Returns:
+        Rows of ``question``, ``options`` (list of str) and ``answer`` (position of the right option).
+
+    Raises:
+        ValueError: a row lacks one of the three, or its answer is none of its options.
+    """
+    questions = []
+    for number, row in enumerate(read_rows(Path(path)), 1):
+        if not row.get("question") or not row.get("options") or "answer" not in row:
+            raise ValueError(f"{path}: row {number} needs 'question', 'options' and 'answer'")
+        options, answer = row["options"], row["answer"]
+        try:
+            options = json.loads(options) if isinstance(options, str) else options
+        except ValueError:
+            options = None
+        if not isinstance(options, (list, dict)):
+            raise ValueError(f"{path}: row {number}: 'options' must be a list or a mapping, in CSV written as JSON")
+        letters = list(options) if isinstance(options, dict) else [chr(ord("A") + i) for i in range(len(options))]
+        texts = [str(text) for text in (options.values() if isinstance(options, dict) else options)]
+        readings = [
+            [i for i, name in enumerate(names) if name == answer] for names in (texts, letters, range(len(texts)))
+        ]
+        right = next((reading for reading in readings if reading), [])
+        if len(right) != 1:
+            raise ValueError(
+                f"{path}: row {number}: answer {answer!r} names {len(right)} of the options {', '.join(letters)}"
+            )
+        questions.append({"question": str(row["question"]), "options": texts, "answer": right[0]})
+    return questions
+
+
+def choose(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[dict],
+    *,
+    prompt: str = "short",
+    description: str | None = None,
+) -> np.ndarray:
+    """Pick for each question the option with the highest log-likelihood per token.
+
+    The length divides, or long options would lose for their length alone (Brown et al. 2020, arXiv:2005.14165).
+
+    Returns:
+        Whether the pick was right, boolean, shape (questions,).
+    """
+    cards = [{"question": q["question"], "answer": option} for q in questions for option in q["options"]]
+    scores = score_answers(model, tokenizer, cards, prompt=prompt, description=description)
+    ends = np.cumsum([len(q["options"]) for q in questions])
+    picks = [int(part.argmin()) for part in np.split(scores.nll / scores.tokens, ends[:-1])]
+    return np.array([pick == q["answer"] for pick, q in zip(picks, questions, strict=True)])
+
+
+def baselines(questions: list[dict]) -> dict[str, float]:
+    """Accuracy without any model.
+
+    Returns:
+        ``chance``: picking blindly; ``majority``: always the option (or position) that is right most often; ``word
+        overlap``: the option that shares most words of four letters or more with the question, ties split evenly.
+    """
+    chance = float(np.mean([1 / len(q["options"]) for q in questions]))
+    same = len({tuple(q["options"]) for q in questions}) == 1  # PubMedQA: always yes, no, maybe
+    rights = [q["options"][q["answer"]] if same else q["answer"] for q in questions]
+    points = []
+    for q in questions:
+        asked, *offered = (set(re.findall(r"\w{4,}", text.lower())) for text in (q["question"], *q["options"]))
+        shared = [len(asked & words) for words in offered]
+        points.append((shared[q["answer"]] == max(shared)) / shared.count(max(shared)))
+    majority = max(rights.count(right) for right in set(rights)) / len(rights)
+    return {"chance": chance, "majority": majority, "word overlap": float(np.mean(points))}

@@ -1,0 +1,136 @@
+"""Training speed against the machine's own matrix products, padding, and 4 bits (``make bench``).
+
+The work of a step: a frozen parameter costs 2 FLOP per token forwards and 2 backwards (no weight gradient), so
+FLOP = 4 · (parameters of the layers · tokens + parameters of the output layer · tokens with logits). "As the course
+counts" charges all parameters for every token that went in, padding not counted. Each step is timed beside a matrix
+product of 2048³ and beside bare products of the model's own shapes (all frozen layers, forwards and backwards): the
+second is the most that any step of this model can reach here.
+"""
+
+import statistics
+import time
+
+import torch
+
+from fedllm_helpers import batches, communication, config, data, models
+
+REPEATS = 8
+
+
+def seconds(action, repeats=REPEATS):
+    """Median time of an action after one warm-up."""
+    action()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def square_rate(dtype):
+    """FLOP/s of a product of two 2048 × 2048 matrices."""
+    a, b = torch.randn(2048, 2048, dtype=dtype), torch.randn(2048, 2048, dtype=dtype)
+    return 2 * 2048**3 / seconds(lambda: a @ b)
+
+
+def bare_products(model, batch):
+    """Seconds of the frozen layers' products alone, forwards and backwards, on weights as large and as many."""
+    base, rows = model.get_base_model(), batch["input_ids"].numel()
+    kept = batch["logits_to_keep"].numel() * len(batch["input_ids"])
+    work = []
+    for name, layer in base.named_modules():
+        if isinstance(layer, torch.nn.Linear) and "lora" not in name:
+            m = kept if name == "lm_head" else rows
+            weight = layer.weight
+            x, g = (
+                torch.randn(m, weight.shape[1], dtype=weight.dtype),
+                torch.randn(m, weight.shape[0], dtype=weight.dtype),
+            )
+            work.append((weight.detach(), x, g))
+
+    def run():
+        for weight, x, g in work:
+            torch.nn.functional.linear(x, weight)
+            g @ weight
+
+    return seconds(run)
+
+
+def step_of(model, batch):
+    """One optimiser step on a batch, as the Trainer takes it."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+
+    def run():
+        with models.autocast(model):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def step_table(cfg, train):
+    """Efficiency of a step at batch 8, for cards as they come and for full rows of 48 tokens."""
+    model, tokenizer = models.load(cfg)
+    model.train()
+    rows = batches.encode(train, tokenizer, cfg.train.seq_length)
+    middle = sorted(rows, key=lambda row: len(row["input_ids"]))[len(rows) // 2 :][:8]
+    full = [{"input_ids": [500 + i] * 48, "labels": [500 + i] * 48} for i in range(8)]
+    head = model.get_base_model().lm_head.weight.numel()
+    layers = sum(p.numel() for p in model.get_base_model().model.layers.parameters() if not p.requires_grad)
+    heads = ("tokens/s", "step s", "course/2048³", "strict/2048³", "bare/step")
+    print(f"{'batch':24s}" + "".join(f"{head:>14s}" for head in heads))
+    for name, chosen in (("8 median cards", middle), ("8 x 48, all labelled", full)):
+        batch = batches.collate(chosen, tokenizer)
+        rate, step, bare = (
+            square_rate(model.get_base_model().dtype),
+            seconds(step_of(model, batch)),
+            bare_products(model, batch),
+        )
+        tokens = int(batch["attention_mask"].sum())
+        logits = batch["logits_to_keep"].numel() * len(chosen)
+        course = 4 * (layers + head) * tokens / step / rate
+        strict = 4 * (layers * tokens + head * logits) / step / rate
+        figures = (f"{tokens / step:.0f}", *(f"{figure:.2f}" for figure in (step, course, strict, bare / step)))
+        print(f"{name:24s}" + "".join(f"{figure:>14s}" for figure in figures))
+    print(f"GEMM 2048³: {rate / 1e9:.0f} GFLOP/s in {model.get_base_model().dtype}")
+
+
+def padding_table(cfg, train):
+    """Share of padding in batches of 8: grouped by length against random order."""
+    _, tokenizer = models.load(cfg)
+    rows = batches.encode(train, tokenizer, cfg.train.seq_length)
+    grouped = batches.LengthBatches([len(row["input_ids"]) for row in rows], 8)
+    for name, order in (("grouped by length", list(grouped)), ("random order", range(len(rows)))):
+        parts = [batches.collate([rows[i] for i in list(order)[s : s + 8]], tokenizer) for s in range(0, len(rows), 8)]
+        waste = 1 - sum(int(p["attention_mask"].sum()) for p in parts) / sum(p["input_ids"].numel() for p in parts)
+        print(f"padding, {name:18s} {waste:6.1%} of cells")
+
+
+def quantization_table(cfg, train):
+    """A 4-bit step against a whole one, taken in turn, and the bytes of the base."""
+    whole, tokenizer = models.load(cfg)
+    four, _ = models.load(config.load(cfg, "model.quantization=4"))
+    batch = batches.collate(batches.encode(train.select(range(8)), tokenizer, cfg.train.seq_length), tokenizer)
+    ratios = []
+    steps = step_of(whole.train(), batch), step_of(four.train(), batch)
+    for _ in range(REPEATS):
+        times = [seconds(step, 1) for step in steps]
+        ratios.append(times[1] / times[0])
+    adapter = sum(array.nbytes for array in models.get_adapter(whole).values())
+    size = [communication.weight_bytes(model.get_base_model()) - adapter for model in (whole, four)]
+    print(f"4-bit step / whole step: median {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"4-bit bytes / whole bytes: {size[1]:,} / {size[0]:,} = {size[1] / size[0]:.2f}")
+
+
+if __name__ == "__main__":
+    settings = config.load("cpu")
+    cards, _ = data.load(settings)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    step_table(settings, cards)
+    print()
+    padding_table(settings, cards)
+    print()
+    quantization_table(settings, cards)

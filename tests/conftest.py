@@ -1,0 +1,47 @@
+"""Shared parts: the real embedded model, real cards, and a folder of real rows where it is at hand."""
+
+from pathlib import Path
+
+import pytest
+
+from fedllm_helpers import config, data, models
+
+WIKIDOC = Path(__file__).resolve().parents[2] / "shared" / "data" / "wikidoc_patient_information.json"
+
+
+@pytest.fixture(scope="session")
+def cfg():
+    """The default configuration with few steps and few cards: the real parts, for seconds."""
+    return config.load(
+        "cpu", "train.training_arguments.max_steps=4", "dataset.max_cards_per_specialty=24", "train.evaluate_split=0.25"
+    )
+
+
+@pytest.fixture(scope="session")
+def cards(cfg):
+    """(train, test) cards of the ontology."""
+    return data.load(cfg)
+
+
+@pytest.fixture(scope="session")
+def loaded(cfg):
+    """(model, tokenizer), loaded once; a test that trains puts the adapter back."""
+    model, tokenizer = models.load(cfg)
+    return model.eval(), tokenizer
+
+
+@pytest.fixture
+def fresh(loaded):
+    """(model, tokenizer) whose adapter is restored after the test."""
+    model, tokenizer = loaded
+    before = models.get_adapter(model)
+    yield model, tokenizer
+    models.set_adapter(model, before)
+
+
+@pytest.fixture(scope="session")
+def wikidoc():
+    """5,942 real rows in the medical-meadow format, which are not part of the project."""
+    if not WIKIDOC.is_file():
+        pytest.skip("the WikiDoc rows lie outside the project and are not here")
+    return WIKIDOC

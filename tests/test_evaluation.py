@@ -1,0 +1,68 @@
+"""Figures and intervals against hand counts and an independent bootstrap."""
+
+import numpy as np
+import pytest
+import torch
+
+from fedllm_helpers import data, evaluation
+
+
+def test_scores_agree_with_a_plain_forward_in_any_order(loaded, cards):
+    model, tokenizer = loaded
+    some = cards[1].select(range(7))
+    scores = evaluation.score_answers(model, tokenizer, some, batch_size=3)
+    for card, nll, tokens in zip(some, scores.nll, scores.tokens, strict=True):
+        prompt = tokenizer(data.format_prompt(card["question"])).input_ids
+        answer = tokenizer(" " + card["answer"]).input_ids + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            log_p = (
+                model(torch.tensor([prompt + answer], device=model.device))
+                .logits[0]
+                .float()
+                .log_softmax(-1)[len(prompt) - 1 : -1]
+            )
+        assert tokens == len(answer)
+        assert nll == pytest.approx(-log_p[torch.arange(len(answer)), answer].sum().item(), rel=0.02)
+
+
+def test_mean_nll_weighs_by_tokens_and_its_interval_covers():
+    """Coverage of the 95 % interval over 200 samples whose truth is known."""
+    rng, hits = np.random.default_rng(0), 0
+    for seed in range(200):
+        tokens = rng.integers(5, 40, 60)
+        nll = tokens * 2.5 + rng.normal(0, 3, 60) * np.sqrt(tokens)
+        estimate = evaluation.mean_nll(evaluation.AnswerScores(nll, tokens), seed)
+        assert estimate.value == pytest.approx(nll.sum() / tokens.sum()) and estimate.n == 60
+        hits += estimate.low <= 2.5 <= estimate.high
+    assert 180 <= hits <= 199
+
+
+def test_pairing_sees_what_separate_intervals_do_not():
+    rng = np.random.default_rng(1)
+    tokens, hard = rng.integers(10, 30, 80), rng.gamma(4, 0.7, 80)
+    first = evaluation.AnswerScores(tokens * hard, tokens)
+    second = evaluation.AnswerScores(tokens * (hard - 0.1 + rng.normal(0, 0.05, 80)), tokens)
+    assert not evaluation.mean_nll(first).apart_from(evaluation.mean_nll(second))
+    difference = evaluation.nll_difference(first, second)
+    assert 0.05 < difference.low < difference.value < difference.high < 0.15
+    with pytest.raises(ValueError, match="same cards"):
+        evaluation.nll_difference(first, evaluation.AnswerScores(tokens * 1.0, tokens + 1))
+
+
+def test_perplexity_is_the_exponential_and_accuracy_the_share():
+    scores = evaluation.AnswerScores(np.array([2.0, 4.0, 9.0]), np.array([2, 2, 3]))
+    assert evaluation.perplexity(scores).value == pytest.approx(np.exp(15 / 7))
+    right = np.array([True] * 57 + [False] * 43)
+    estimate = evaluation.accuracy(right)
+    assert estimate.value == 0.57 and estimate.low == pytest.approx(0.47, abs=0.02)  # binomial: ±1.96 · 0.0495
+    assert str(estimate).startswith("0.57 [0.4") and "(n = 100)" in str(estimate)
+    with pytest.raises(ValueError, match="at least 2"):
+        evaluation.accuracy(np.array([True]))
+
+
+def test_greedy_answers_do_not_depend_on_the_batch(loaded):
+    model, tokenizer = loaded
+    questions = ["What is blood?", "What is the heart, and what does it do in the body of an adult?"]
+    together = evaluation.generate(model, tokenizer, questions, max_new_tokens=8)
+    alone = [evaluation.generate(model, tokenizer, [question], max_new_tokens=8)[0] for question in questions]
+    assert [text[:10] for text in together] == [text[:10] for text in alone] and all(together)

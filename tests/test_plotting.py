@@ -1,0 +1,60 @@
+"""Figures are tested on the data they drew; how they look was judged by eye."""
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+
+matplotlib.use("Agg")
+
+from fedllm_helpers import plotting  # noqa: E402  (the backend first)
+
+
+@pytest.fixture
+def table():
+    rows = [("eye", "untuned", 3.1, 3.0, 3.3), ("eye", "pooled", 2.4, 2.2, 2.5), ("ear", "untuned", 2.9, 2.7, 3.0)]
+    return pd.DataFrame(rows, columns=["label", "arm", "value", "low", "high"])
+
+
+def test_intervals_draw_every_value_with_its_bounds(table):
+    axes = plotting.intervals(table, "nats", "title", {"chance": 1.5}).axes[0]
+    for container, arm in zip(axes.containers, ("untuned", "pooled"), strict=True):
+        rows = table[table["arm"] == arm]
+        assert np.allclose(container[0].get_xdata(), rows["value"])
+        bars = np.array([segment[:, 0] for segment in container[2][0].get_segments()])
+        assert np.allclose(bars, rows[["low", "high"]])
+        assert container[0].get_color() == plotting.ARMS[arm][0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["eye", "ear"]
+    assert any(np.allclose(line.get_xdata(), 1.5) for line in axes.lines)
+    assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first row stands on top"
+
+
+def test_losses_draw_steps_and_their_running_mean():
+    history = pd.DataFrame({"step": range(1, 11), "loss": np.arange(10, 0, -1.0)})
+    raw, mean = plotting.losses({"pooled": history}, "title", window=2).axes[0].lines
+    assert np.allclose(raw.get_ydata(), history["loss"]) and np.allclose(
+        mean.get_ydata()[1:], history["loss"][1:] + 0.5
+    )
+
+
+def test_pairs_and_bytes_draw_what_they_were_given():
+    table = pd.DataFrame({"label": ["a", "b"], "passage": [2.0, 3.0], "paraphrase": [40.0, 50.0]})
+    axes = plotting.pairs(table, "passage", "paraphrase", "x", "t").axes[0]
+    assert [list(line.get_xdata()) for line in axes.lines] == [[2.0, 3.0], [40.0, 50.0]] and axes.get_xscale() == "log"
+    bars = plotting.byte_bars({"one": 1_500_000, "two": 27_000_000_000}, "t").axes[0]
+    assert [patch.get_width() for patch in bars.patches] == [1.5, 27000.0]
+    assert {text.get_text() for text in bars.texts} == {"1.5 MB", "27,000.0 MB"}
+
+
+def test_only_the_federated_route_keeps_records_inside():
+    panels = plotting.data_routes().axes
+    seen = [any("records seen here" in text.get_text() for text in panel.texts) for panel in panels]
+    assert seen == [True, True, False]
+
+
+def test_arms_differ_in_colour_and_mark_and_style_stays_local():
+    colours, marks = zip(*plotting.ARMS.values(), strict=True)
+    assert len(set(colours)) == len(colours) and len(set(marks)) == len(marks)
+    before = dict(matplotlib.rcParams)
+    plotting.data_routes()
+    assert dict(matplotlib.rcParams) == before
