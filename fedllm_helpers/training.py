@@ -1,6 +1,8 @@
 """Fine-tune an adapter on flashcards with the Trainer, and the schedule over the rounds of a federation."""
 
 import contextlib
+import ctypes
+import gc
 import math
 import shutil
 import sys
@@ -100,6 +102,7 @@ def fine_tune(
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # `bf16: true` would stay on to evaluate
         seconds = time.perf_counter() - start
     model.eval()
+    _release_memory()
     columns = ["step", "loss", "learning_rate"]
     history = pd.DataFrame([row for row in trainer.state.log_history if "loss" in row], columns=columns)
     padding = 1 - trainer.tokens / trainer.cells
@@ -119,6 +122,14 @@ def rounds(cfg: DictConfig) -> list[Round]:
         rate = low + 0.5 * (high - low) * (1 + math.cos(math.pi * (number - 1) / total))
         plan.append(Round(number, rate, clients, number % cfg.train.save_every_round == 0 or number == total))
     return plan
+
+
+def _release_memory() -> None:
+    """Give freed memory back: glibc keeps it, and batches of many shapes leave most of a gigabyte behind."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)
 
 
 def _training_arguments(cfg: DictConfig, device: str, learning_rate: float | None, scratch: str) -> dict[str, Any]:
