@@ -56,7 +56,7 @@ class Model:
 
     name: str = _setting("smollm2-135m", "'smollm2-135m', a hub id, or a folder")
     quantization: int | None = _setting(None, "bits per frozen weight; null keeps them whole", choices=(None, 4, 8))
-    gradient_checkpointing: bool = _setting(False, "recompute activations: less memory, about a third more time")
+    gradient_checkpointing: bool = _setting(False, "recompute activations: less memory, more time")
     use_fast_tokenizer: bool = _setting(True, "the compiled tokenizer; false refuses where no other exists")
     device: str = _setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = _setting(

@@ -71,9 +71,8 @@ def from_file(path: str | Path) -> list[dict]:
             raise ValueError(f"{path}: row {number}: 'options' must be a list or a mapping, in CSV written as JSON")
         letters = list(options) if isinstance(options, dict) else [chr(ord("A") + i) for i in range(len(options))]
         texts = [str(text) for text in (options.values() if isinstance(options, dict) else options)]
-        readings = [
-            [i for i, name in enumerate(names) if name == answer] for names in (texts, letters, range(len(texts)))
-        ]
+        places = [str(i) if isinstance(answer, str) else i for i in range(len(texts))]  # in CSV they are text
+        readings = [[i for i, name in enumerate(names) if name == answer] for names in (texts, letters, places)]
         right = next((reading for reading in readings if reading), [])
         if len(right) != 1:
             raise ValueError(

@@ -67,6 +67,8 @@ def test_questions_of_benchmarks(tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
     assert [q["answer"] for q in multiple_choice.from_file(path)] == [1, 2, 0, 1]
+    (tmp_path / "q.csv").write_text('question,options,answer\nQ,"[""x"", ""y""]",1\n')
+    assert multiple_choice.from_file(tmp_path / "q.csv")[0]["answer"] == 1
     path.write_text(json.dumps({"question": "Q", "options": ["a", "b"], "answer": "c"}))
     with pytest.raises(ValueError, match="row 1: answer 'c' names 0 of the options A, B"):
         multiple_choice.from_file(path)
