@@ -3,8 +3,9 @@
 The work of a step: a frozen parameter costs 2 FLOP per token forwards and 2 backwards (no weight gradient), so
 FLOP = 4 · (parameters of the layers · tokens + parameters of the output layer · tokens with logits). "As the course
 counts" charges all parameters for every token that went in, padding not counted. Each step is timed beside a matrix
-product of 2048³ and beside bare products of the model's own shapes (all frozen layers, forwards and backwards): the
-second is the most that any step of this model can reach here.
+product of 2048³ and beside bare products of the model's own shapes (all frozen layers, forwards and backwards). "Bound"
+is the "as the course counts" figure of a step with nothing in it but those products, the adapter's, attention's and the
+loss, each run bare in the model's dtype: no norm, no rotation, no activation, no optimiser. No step exceeds it here.
 """
 
 import statistics
@@ -57,6 +58,35 @@ def bare_products(model, batch):
     return seconds(run)
 
 
+def other_products(model, batch):
+    """Seconds of what no step can leave out beside the frozen layers: adapter, attention products, loss."""
+    shape, rows, dtype = model.get_base_model().config, batch["input_ids"].numel(), model.get_base_model().dtype
+    logits = batch["logits_to_keep"].numel() * len(batch["input_ids"])
+    scores = torch.randn(logits, shape.vocab_size, dtype=dtype, requires_grad=True)
+    labels = torch.randint(shape.vocab_size, (logits,))
+    pairs = [(m.lora_A["default"].weight, m.lora_B["default"].weight) for m in model.modules() if hasattr(m, "lora_A")]
+    pairs = [
+        (a.detach().to(dtype), b.detach().to(dtype), *(torch.randn(rows, n, dtype=dtype) for n in (a.shape[1], len(b))))
+        for a, b in pairs
+    ]
+    heads, width = shape.num_attention_heads, shape.hidden_size // shape.num_attention_heads
+    q = torch.randn(len(batch["input_ids"]), heads, batch["input_ids"].shape[1], width, dtype=dtype)
+
+    def run():
+        scores.grad = None
+        torch.nn.functional.cross_entropy(scores, labels).backward()
+        for a, b, x, g in pairs:
+            h, back = x @ a.T, g @ b
+            _ = h @ b.T, back @ a, g.T @ h, back.T @ x
+        for _ in range(shape.num_hidden_layers):
+            p = q @ q.transpose(-1, -2)
+            out = p @ q
+            back = out @ q.transpose(-1, -2)
+            _ = p.transpose(-1, -2) @ out, back @ q, back.transpose(-1, -2) @ q
+
+    return seconds(run)
+
+
 def step_of(model, batch):
     """One optimiser step on a batch, as the Trainer takes it."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
@@ -80,7 +110,7 @@ def step_table(cfg, train):
     full = [{"input_ids": [500 + i] * 48, "labels": [500 + i] * 48} for i in range(8)]
     head = model.get_base_model().lm_head.weight.numel()
     layers = sum(p.numel() for p in model.get_base_model().model.layers.parameters() if not p.requires_grad)
-    heads = ("tokens/s", "step s", "course/2048³", "strict/2048³", "bare/step")
+    heads = ("tokens/s", "step s", "course/2048³", "strict/2048³", "bare/step", "bound/2048³")
     print(f"{'batch':24s}" + "".join(f"{head:>14s}" for head in heads))
     for name, chosen in (("8 median cards", middle), ("8 x 48, all labelled", full)):
         batch = batches.collate(chosen, tokenizer)
@@ -93,7 +123,8 @@ def step_table(cfg, train):
         logits = batch["logits_to_keep"].numel() * len(chosen)
         course = 4 * (layers + head) * tokens / step / rate
         strict = 4 * (layers * tokens + head * logits) / step / rate
-        figures = (f"{tokens / step:.0f}", *(f"{figure:.2f}" for figure in (step, course, strict, bare / step)))
+        bound = course * step / (bare + other_products(model, batch))
+        figures = (f"{tokens / step:.0f}", *(f"{figure:.2f}" for figure in (step, course, strict, bare / step, bound)))
         print(f"{name:24s}" + "".join(f"{figure:>14s}" for figure in figures))
     print(f"GEMM 2048³: {rate / 1e9:.0f} GFLOP/s in {model.get_base_model().dtype}")
 
