@@ -21,5 +21,5 @@ lint: .venv/ready
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[dev]"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[dev,sim]"
 	@touch $@

@@ -1,7 +1,7 @@
 """Configuration: the course's YAML keys, typed and checked before anything is downloaded or trained."""
 
 import difflib
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,93 +11,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedllm_helpers.schema import Config
+
 PRESETS = ("cpu", "course", "gpu")
 WHOLE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps")  # training arguments from 1
 FROM_ZERO = ("logging_steps", "save_steps", "save_total_limit", "warmup_steps")  # and from 0
 CONF = Path(str(files("fedllm_helpers") / "conf"))
-
-
-def _setting(
-    default: Any, meaning: str, low: float | None = None, high: float | None = None, choices: tuple = ()
-) -> Any:
-    limits = {"meaning": meaning, "low": low, "high": high, "choices": choices}
-    return (
-        field(default_factory=default, metadata=limits)
-        if callable(default)
-        else field(default=default, metadata=limits)
-    )
-
-
-@dataclass
-class Dataset:
-    """Where the flashcards come from and how a card becomes a prompt."""
-
-    name: str = _setting("hpo", "'hpo', a hub id, or a .json, .jsonl or .csv file")
-    prompt: str = _setting("short", "template around a question", choices=("short", "course"))
-    specialties: list[str] | None = _setting(None, "keep these specialties only; null keeps all")
-    max_cards_per_specialty: int | None = _setting(None, "seeded subset of each specialty; null keeps all", low=2)
-
-
-@dataclass
-class Lora:
-    """The adapter: which layers get a low-rank update, and how large (Hu et al. 2021, arXiv:2106.09685)."""
-
-    peft_lora_r: int = _setting(16, "rank r of the update B·A", low=1)
-    peft_lora_alpha: int = _setting(64, "α: the update is scaled by α / r", low=1)
-    lora_dropout: float = _setting(0.0, "share of the adapter's inputs dropped while training", low=0, high=0.99)
-    target_modules: list[str] | None = _setting(
-        None, "layers with an adapter; null: the family's attention projections"
-    )
-
-
-@dataclass
-class Model:
-    """The frozen base model and how it is held in memory."""
-
-    name: str = _setting("smollm2-135m", "'smollm2-135m', a hub id, or a folder")
-    quantization: int | None = _setting(None, "bits per frozen weight; null keeps them whole", choices=(None, 4, 8))
-    gradient_checkpointing: bool = _setting(False, "recompute activations: less memory, more time")
-    use_fast_tokenizer: bool = _setting(True, "the compiled tokenizer; false refuses where no other exists")
-    device: str = _setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = _setting(
-        "auto", "number format of the frozen weights", choices=("auto", "float32", "bfloat16", "float16")
-    )
-    lora: Lora = field(default_factory=Lora)
-
-
-@dataclass
-class Train:
-    """Training of one adapter, and its schedule over the rounds of a federation."""
-
-    save_every_round: int = _setting(5, "keep the adapter of every n-th round", low=1)
-    seq_length: int = _setting(128, "tokens per card at most", low=1)
-    padding_side: str = _setting("left", "where short cards are filled up", choices=("left", "right"))
-    evaluate_split: bool | int | float = _setting(
-        0.1, "share of cards held out; true is 0.1, false none", low=0, high=0.9
-    )
-    learning_rate_max: float = _setting(2e-3, "rate of the first round", low=0)
-    learning_rate_min: float = _setting(2e-4, "rate towards which the rounds fall along a cosine", low=0)
-    training_arguments: dict[str, Any] = _setting(dict, "passed to transformers.TrainingArguments as it is")
-
-
-@dataclass
-class Federation:
-    """How many hospitals train together, and for how long."""
-
-    num_clients: int = _setting(6, "hospitals", low=1)
-    num_rounds: int = _setting(4, "rounds of train, send, average", low=1)
-    fraction_train: float = _setting(1.0, "share of the hospitals asked in a round", low=1e-9, high=1)
-
-
-@dataclass
-class Config:
-    """All settings of a run."""
-
-    seed: int = _setting(0, "seeds the split, the subset, the adapter's start and the order of the cards", low=0)
-    dataset: Dataset = field(default_factory=Dataset)
-    model: Model = field(default_factory=Model)
-    train: Train = field(default_factory=Train)
-    federation: Federation = field(default_factory=Federation)
 
 
 def load(source: str | Path | DictConfig = "cpu", *overrides: str) -> DictConfig:
@@ -132,7 +51,8 @@ def load(source: str | Path | DictConfig = "cpu", *overrides: str) -> DictConfig
     except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
         raise ValueError(f"{source} cannot be read as YAML settings: {' '.join(str(error).split())}") from None
     _check(config, Config)
-    _check_training_arguments(config.train.training_arguments)
+    _check_training_arguments(config.train.training_arguments, "train")
+    _check_training_arguments(config.federation.training_arguments, "federation")
     if config.train.learning_rate_min > config.train.learning_rate_max:
         raise ValueError(
             f"train.learning_rate_min={config.train.learning_rate_min} is above "
@@ -216,18 +136,18 @@ def _check(config: DictConfig, schema: type) -> None:
             raise ValueError(f"{key}={value}: allowed is {between}")
 
 
-def _check_training_arguments(arguments: DictConfig) -> None:
+def _check_training_arguments(arguments: DictConfig, section: str) -> None:
     # here, because importing transformers takes seconds
     from transformers import SchedulerType, TrainingArguments
     from transformers.trainer_utils import SaveStrategy
 
     known = [item.name for item in fields(TrainingArguments) if item.init]
     for name, value in arguments.items():
-        where = f"train.training_arguments.{name}={value}"
+        where = f"{section}.training_arguments.{name}={value}"
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "transformers.TrainingArguments lists what it knows"
-            raise ValueError(f"unknown key 'train.training_arguments.{name}'; {hint}")
+            raise ValueError(f"unknown key '{section}.training_arguments.{name}'; {hint}")
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if name in WHOLE and (not isinstance(value, int) or value < 1) and (name, value) != ("max_steps", -1):
             raise ValueError(f"{where}: allowed are whole numbers from 1")

@@ -1,4 +1,4 @@
-"""Flashcards: from an ontology, the hub or a file to prompts, a train/test split, and one partition per hospital."""
+"""Flashcards: from an ontology, the hub or a file to prompts, and a train/test split."""
 
 import csv
 import json
@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from datasets import Dataset, load_dataset
-from flwr_datasets.partitioner import IidPartitioner
 from omegaconf import DictConfig
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -147,19 +146,6 @@ def split(cards: Dataset, test_share: float, seed: int = 0) -> tuple[Dataset, Da
         )
     order = rng.permutation(len(frame))
     return cards.select(order[~test[order]]), cards.select(order[test[order]])
-
-
-def partition(cards: Dataset, num_clients: int, seed: int = 0) -> list[Dataset]:
-    """Divide cards evenly and at random over hospitals.
-
-    Raises:
-        ValueError: more hospitals than cards.
-    """
-    if num_clients > len(cards):
-        raise ValueError(f"federation.num_clients={num_clients}: there are only {len(cards)} cards")
-    partitioner = IidPartitioner(num_partitions=num_clients)
-    partitioner.dataset = cards.shuffle(seed=seed)
-    return [partitioner.load_partition(client) for client in range(num_clients)]
 
 
 def _card(row: dict, name: str, number: int) -> dict:

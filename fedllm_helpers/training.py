@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
@@ -32,6 +33,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fedllm_helpers import models
 from fedllm_helpers.batches import LengthBatches, collate, encode, takes_logits_to_keep
+
+HISTORY = ["step", "loss", "learning_rate"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def fine_tune(
     cfg: DictConfig,
     *,
     learning_rate: float | None = None,
+    proximal_mu: float = 0.0,
     description: str = "training",
     progress: bool = True,
 ) -> TrainingRecord:
@@ -76,6 +80,8 @@ def fine_tune(
         cards: flashcards of one owner.
         cfg: its ``train.training_arguments`` go to ``TrainingArguments`` as they are.
         learning_rate: in place of the configured one; a federation sets it round by round.
+        proximal_mu: μ of FedProx, which adds ½ μ‖w − w₀‖² to the loss, w₀ the adapter as it comes (Li et al. 2020,
+            arXiv:1812.06127); the loss reported is without it.
         description: of the progress bar.
         progress: whether to show the bar, with loss and time left.
 
@@ -91,7 +97,7 @@ def fine_tune(
     before, bar = models.get_adapter(model), [_ProgressBar(description)] if progress else []
     with tempfile.TemporaryDirectory() as scratch:
         arguments = _training_arguments(cfg, model.device.type, learning_rate, scratch)
-        trainer = _AdapterTrainer(model, arguments, collator, rows, bar)
+        trainer = _AdapterTrainer(model, arguments, collator, rows, bar, proximal_mu)
         start = time.perf_counter()
         try:
             trainer.train()
@@ -100,12 +106,11 @@ def fine_tune(
             raise
         finally:
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # `bf16: true` would stay on to evaluate
-        seconds = time.perf_counter() - start
     model.eval()
+    seconds = time.perf_counter() - start
     _release_memory()
-    columns = ["step", "loss", "learning_rate"]
-    history = pd.DataFrame([row for row in trainer.state.log_history if "loss" in row], columns=columns)
-    padding = 1 - trainer.tokens / trainer.cells
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    history, padding = pd.DataFrame(logged, columns=HISTORY), 1 - trainer.tokens / trainer.cells
     return TrainingRecord(history, trainer.examples, trainer.tokens, padding, seconds)
 
 
@@ -122,6 +127,20 @@ def rounds(cfg: DictConfig) -> list[Round]:
         rate = low + 0.5 * (high - low) * (1 + math.cos(math.pi * (number - 1) / total))
         plan.append(Round(number, rate, clients, number % cfg.train.save_every_round == 0 or number == total))
     return plan
+
+
+def round_config(cfg: DictConfig, *seeds: int, **arguments: Any) -> DictConfig:
+    """The configuration of a hospital's training within a round: ``federation.training_arguments`` over its own.
+
+    Args:
+        cfg: of the federation.
+        seeds: such as round and hospital, mixed into ``cfg.seed``; none leaves it as it is.
+        arguments: further training arguments, last.
+    """
+    changes = {"train": {"training_arguments": {**cfg.federation.training_arguments, **arguments}}}
+    if seeds:
+        changes["seed"] = int(np.random.SeedSequence([cfg.seed, *seeds]).generate_state(1)[0])
+    return OmegaConf.merge(cfg, changes)
 
 
 def _release_memory() -> None:
@@ -155,12 +174,14 @@ class _AdapterTrainer(Trainer):
     """A Trainer whose checkpoints are adapter folders: safetensors, nothing pickled."""
 
     def __init__(
-        self, model: PeftModel, arguments: dict, collator: Callable, rows: list[dict], callbacks: list
+        self, model: PeftModel, arguments: dict, collator: Callable, rows: list[dict], callbacks: list, mu: float = 0.0
     ) -> None:
         super().__init__(model, TrainingArguments(**arguments), collator, rows, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.examples, self.tokens, self.cells, self.kept = 0, 0, 0, []
+        self.examples, self.tokens, self.cells, self.kept, self.mu = 0, 0, 0, [], mu
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.pulled = [(p, p.detach().clone()) for p in trained] if mu else []
 
     def training_step(self, model: PeftModel, inputs: dict[str, torch.Tensor], *rest: Any, **kw: Any) -> torch.Tensor:
         """A step of the Trainer, with its examples, tokens and cells (tokens and padding) counted."""
@@ -173,6 +194,8 @@ class _AdapterTrainer(Trainer):
             raise FloatingPointError(
                 f"the loss is {loss:.0f} after {self.state.global_step} steps: lower the rate, {rate}"
             )
+        for weight, start in self.pulled:  # the gradient of ½ μ‖w − w₀‖², spread over the batches of a step
+            weight.grad.add_(weight.detach() - start, alpha=self.mu / self.args.gradient_accumulation_steps)
         return loss
 
     def compute_loss_context_manager(self) -> contextlib.AbstractContextManager:

@@ -69,14 +69,9 @@ def test_split_is_seeded_and_stratified(hpo):
     assert sorted(first[1]["specialty"]).count("eye") == 15
 
 
-def test_choose_and_partition_refuse_what_cannot_be(hpo):
+def test_choose_names_the_specialties_there_are(hpo):
     with pytest.raises(ValueError, match="no card of specialty 'eyes': present are .*eye"):
         data.choose(hpo, ["eyes"], None)
-    parts = data.partition(hpo.select(range(103)), 10)
-    assert sorted(len(part) for part in parts) == [10] * 7 + [11] * 3
-    assert sorted(i for part in parts for i in part["card_id"]) == sorted(hpo.select(range(103))["card_id"])
-    with pytest.raises(ValueError, match="num_clients=5: there are only 4 cards"):
-        data.partition(hpo.select(range(4)), 5)
 
 
 def test_files_with_both_kinds_of_columns(tmp_path):

@@ -1,0 +1,181 @@
+"""How adapters are combined: the weighted mean, the screening before it, and Flower's strategies around it."""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import strategy as strategies
+from flwr.serverapp.strategy import Strategy
+from omegaconf import DictConfig, OmegaConf
+
+from fedllm_helpers.messages import from_record, to_record
+from fedllm_helpers.models import Adapter
+
+# These need the mean of the replies alone: it is summed up while they come, one in memory. The others compare them all.
+AVERAGING = ("FedAvg", "FedAvgM", "FedProx", "FedAdagrad", "FedAdam", "FedYogi")
+
+
+def weighted_mean(adapters: Iterable[tuple[Adapter, float]]) -> Adapter:
+    """Federated averaging: Σ nₖ wₖ / Σ nₖ (McMahan et al. 2017, arXiv:1602.05629). Taught in notebook 03.
+
+    The sum runs in float64, in the order given, and holds one adapter at a time.
+
+    Args:
+        adapters: pairs of an adapter and its weight, such as the number of its cards.
+
+    Returns:
+        Arrays of the first adapter's keys, shapes and dtypes.
+
+    Raises:
+        ValueError: no adapter, keys or shapes that differ, or weights that sum to 0.
+    """
+    total, sums, dtypes = 0.0, {}, {}
+    for adapter, weight in adapters:
+        if not sums:
+            sums = {key: np.zeros(value.shape) for key, value in adapter.items()}
+            dtypes = {key: value.dtype for key, value in adapter.items()}
+        reason = difference(adapter, {key: value.shape for key, value in sums.items()})
+        if reason:
+            raise ValueError(f"adapters cannot be averaged: {reason}")
+        total += weight
+        for key, value in adapter.items():
+            sums[key] += weight * value.astype(np.float64)
+    if not sums or total <= 0:
+        raise ValueError("there is nothing to average: no adapter, or weights that sum to 0")
+    return {key: (value / total).astype(dtypes[key]) for key, value in sums.items()}
+
+
+def difference(adapter: Adapter, shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """What is wrong with an adapter's keys and shapes, in a few words; None where they are as they should be."""
+    if adapter.keys() != shapes.keys():
+        odd = sorted(adapter.keys() ^ shapes.keys())
+        return f"{len(odd)} keys are missing or unknown, the first is {odd[0]!r}"
+    wrong = next((key for key, shape in shapes.items() if adapter[key].shape != shape), None)
+    return wrong and f"{wrong!r} has shape {adapter[wrong].shape}, not {shapes[wrong]}"
+
+
+def fault(reply: Message, adapter: Adapter) -> str | None:
+    """Why a reply to a training message cannot be used, in one line; None where it can.
+
+    Args:
+        reply: of a client.
+        adapter: as it was sent out: a reply has its keys, shapes and dtypes.
+    """
+    if reply.has_error():
+        return f"it failed: {reply.error.reason.strip().splitlines()[-1]}"
+    records = reply.content
+    if len(records.array_records) != 1 or len(records.metric_records) != 1:
+        return "it does not hold one adapter and one set of numbers"
+    metrics, given = next(iter(records.metric_records.values())), next(iter(records.array_records.values()))
+    examples = metrics.get("num-examples")
+    if not isinstance(examples, (int, float)) or not math.isfinite(examples) or examples <= 0:
+        return f"its num-examples is {examples}, not a number above 0"
+    try:
+        sent = from_record(given)
+    except (TypeError, ValueError) as error:
+        return f"its arrays cannot be read: {error}"
+    reason = difference(sent, {key: value.shape for key, value in adapter.items()})
+    if reason:
+        return reason
+    for key, value in sent.items():
+        if value.dtype != adapter[key].dtype:
+            return f"{key!r} is {value.dtype}, not {adapter[key].dtype}"
+        if not np.isfinite(value).all():
+            return f"{key!r} holds values that are not finite"
+    return None
+
+
+def make_strategy(cfg: DictConfig) -> Strategy:
+    """The strategy named in a configuration, with its arguments. Sampling is the server app's: here it takes all.
+
+    Raises:
+        ValueError: an argument that the strategy does not know.
+    """
+    everyone = {"fraction_train": 1.0, "fraction_evaluate": 1.0}
+    fewest = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
+    name, given = cfg.federation.strategy, OmegaConf.to_container(cfg.federation.strategy_arguments)
+    if name == "QFedAvg":  # it weights by the loss of the adapter that was sent out
+        given = {"train_loss_key": "loss-before", "client_learning_rate": cfg.train.learning_rate_max} | given
+    try:
+        return getattr(strategies, name)(**everyone, **fewest, **given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"federation.strategy_arguments={given} of {name}: {error}") from None
+
+
+def combine(strategy: Strategy, number: int, replies: Iterable[Message], minimum: int = 1) -> Adapter | None:
+    """Combine the usable replies of a round, in the order given, as the strategy does.
+
+    Args:
+        strategy: whose ``configure_train`` saw this round.
+        number: of the round, from 1.
+        replies: screened, ordered by hospital. A strategy that averages gets their weighted mean as one reply, so that
+            only one of them is in memory at a time.
+        minimum: fewer replies than that combine to nothing, and the strategy learns nothing from them.
+
+    Returns:
+        The new adapter; None where there were too few replies.
+    """
+    if type(strategy).__name__ in AVERAGING:
+        replies, count = _mean_reply(replies)
+    else:
+        replies = list(replies)
+        count = len(replies)
+    if count < minimum or not count:
+        return None
+    arrays, _ = strategy.aggregate_train(number, replies)
+    return None if arrays is None else {key: value.astype(np.float32) for key, value in from_record(arrays).items()}
+
+
+def _mean_reply(replies: Iterable[Message]) -> tuple[list[Message], int]:
+    shell: list[Message] = []  # the first reply, emptied: the mean goes into it
+    count = 0
+
+    def pairs() -> Iterator[tuple[Adapter, float]]:
+        """Adapters and their numbers of cards, each reply let go before the next."""
+        nonlocal count
+        for reply in replies:
+            numbers, arrays = next(iter(reply.content.metric_records.values())), reply.content.array_records
+            if not shell:
+                shell.append(reply)
+                reply.content = RecordDict()
+            count += 1
+            yield from_record(next(iter(arrays.values()))), float(numbers["num-examples"])
+
+    rest = pairs()
+    first = next(rest, None)
+    if first is None:
+        return [], 0
+    mean = weighted_mean(itertools.chain([first], rest))
+    shell[0].content = RecordDict({"arrays": to_record(mean), "metrics": MetricRecord({"num-examples": 1.0})})
+    return shell, count
+
+
+def strategy_state(strategy: Strategy) -> tuple[dict[str, np.ndarray], dict[str, list]]:
+    """What a strategy remembers between rounds, such as the moments of FedAdam.
+
+    Returns:
+        Arrays by ``"attribute/key"``; and by attribute ``[kind, keys in order]``, the kind dict, list or record.
+    """
+    arrays, kinds = {}, {}
+    for name, value in vars(strategy).items():
+        if isinstance(value, ArrayRecord):
+            items, kind = from_record(value), "record"
+        elif value and isinstance(value, dict) and all(isinstance(item, np.ndarray) for item in value.values()):
+            items, kind = value, "dict"
+        elif value and isinstance(value, list) and all(isinstance(item, np.ndarray) for item in value):
+            items, kind = {str(place): item for place, item in enumerate(value)}, "list"
+        else:
+            continue
+        arrays |= {f"{name}/{key}": item for key, item in items.items()}
+        kinds[name] = [kind, list(items)]
+    return arrays, kinds
+
+
+def restore_strategy(strategy: Strategy, arrays: dict[str, np.ndarray], kinds: dict[str, list]) -> None:
+    """Give a fresh strategy what :func:`strategy_state` took from another."""
+    made: dict[str, Any] = {"dict": dict, "list": lambda items: list(items.values()), "record": to_record}
+    for name, (kind, keys) in kinds.items():
+        setattr(strategy, name, made[kind]({key: arrays[f"{name}/{key}"] for key in keys}))

@@ -1,0 +1,106 @@
+"""Finished rounds on disk, so that a federation that was killed goes on as if it had not been."""
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from fedllm_helpers.models import Adapter
+
+logger = logging.getLogger(__name__)
+KEPT = 2  # the newest rounds: were one damaged, the one before it is there
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State after a round: the adapter, what the strategy remembers, and the rows of the tables so far."""
+
+    number: int
+    adapter: Adapter
+    strategy_arrays: dict[str, np.ndarray]
+    strategy_kinds: dict[str, list]
+    history: list[dict[str, Any]]
+    clients: list[tuple]
+
+
+def save(folder: Path, cfg: DictConfig, checkpoint: Checkpoint) -> Path:
+    """Write a round as one safetensors file, whole or not at all, and drop those older than the newest two.
+
+    Returns:
+        The file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "number": checkpoint.number,
+        "config": OmegaConf.to_container(cfg),
+        "keys": list(checkpoint.adapter),
+        "strategy": checkpoint.strategy_kinds,
+        "history": checkpoint.history,
+        "clients": checkpoint.clients,
+    }
+    tensors = {f"adapter/{key}": value for key, value in checkpoint.adapter.items()}
+    tensors |= {f"strategy/{key}": value for key, value in checkpoint.strategy_arrays.items()}
+    path = _path(folder, checkpoint.number)
+    beside = path.with_suffix(".part")
+    whole = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+    save_file(whole, beside, metadata={"record": json.dumps(record)})
+    with open(beside, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    for old in sorted(folder.glob("round-*.safetensors"))[:-KEPT]:
+        old.unlink()
+    return path
+
+
+def latest(folder: Path, cfg: DictConfig) -> Checkpoint | None:
+    """The newest whole round of a folder; a damaged file is named in the log and passed over.
+
+    Raises:
+        ValueError: the folder is of another configuration; the line names the keys that differ.
+    """
+    for path in sorted(folder.glob("round-*.safetensors"), reverse=True):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                record = json.loads(file.metadata()["record"])
+                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dictionary
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("%s is damaged (%s): going back to the round before", path, error)
+            continue
+        _check_same(path, record["config"], OmegaConf.to_container(cfg))
+        strategy = {key.split("/", 1)[1]: value for key, value in arrays.items() if key.startswith("strategy/")}
+        adapter = {key: arrays[f"adapter/{key}"] for key in record["keys"]}
+        clients = [tuple(row) for row in record["clients"]]
+        return Checkpoint(record["number"], adapter, strategy, record["strategy"], record["history"], clients)
+    return None
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"round-{number:06d}.safetensors"
+
+
+def _check_same(path: Path, before: dict, now: dict) -> None:
+    differ = [
+        key for key in sorted(_flat(before).keys() | _flat(now).keys()) if _flat(before).get(key) != _flat(now).get(key)
+    ]
+    if differ:
+        changes = ", ".join(f"{key} ({_flat(before).get(key)} there, {_flat(now).get(key)} here)" for key in differ)
+        raise ValueError(
+            f"{path.parent} holds a run with other settings: {changes}; go on with those, or name a new folder"
+        )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    return {
+        key: value
+        for name, branch in tree.items()
+        for key, value in _flat(branch, f"{prefix}.{name}" if prefix else name).items()
+    }

@@ -1,0 +1,118 @@
+"""Flower ClientApp of one hospital: trains on its own cards, sends back an adapter and a few numbers, never a card."""
+
+import time
+from functools import lru_cache
+
+import numpy as np
+from datasets import Dataset
+from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from omegaconf import DictConfig, OmegaConf
+
+from fedllm_helpers import data, models, partitions, training
+from fedllm_helpers.evaluation import score_answers
+from fedllm_helpers.messages import base_model, cpu_threads, from_record, settings, to_record
+
+app = ClientApp()
+
+
+@app.query()
+def introduce(message: Message, context: Context) -> Message:
+    """Say which hospital this is: the server samples hospitals, not Flower's random node numbers."""
+    hospital, hospitals = context.node_config.get("partition-id"), settings(context).federation.num_clients
+    if not isinstance(hospital, int) or not 0 <= hospital < hospitals:
+        raise ValueError(f"partition-id={hospital}: num-partitions={hospitals} has hospitals 0 to {hospitals - 1}")
+    numbers = {"partition-id": hospital, "num-partitions": hospitals}
+    return Message(RecordDict({"metrics": MetricRecord(numbers)}), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Take the average adapter, train it on the hospital's own cards, and send it back with its numbers.
+
+    Losses are nats per answer token on the first batch of the round, before and after training on it and the others.
+    """
+    cfg, hospital, start = settings(context), int(context.node_config["partition-id"]), time.perf_counter()
+    orders, mine = message.content["config"], own_cards(cfg, hospital)[0]
+    number, mu = int(orders["server-round"]), float(orders.get("proximal-mu", 0.0))
+    local, cards = training.round_config(cfg, number, hospital), cards_of_round(mine, cfg, number, hospital)
+    probe = cards.select(range(min(len(cards), local.train.training_arguments.get("per_device_train_batch_size", 8))))
+    with cpu_threads(cfg):
+        model, tokenizer = base_model(cfg)
+        models.set_adapter(model, from_record(message.content["arrays"]))
+        before = _loss(cfg, probe)
+        record = training.fine_tune(
+            model, tokenizer, cards, local, learning_rate=float(orders["lr"]), proximal_mu=mu, progress=False
+        )
+        after, adapter = _loss(cfg, probe), models.get_adapter(model)
+    metrics = {
+        "partition-id": hospital,
+        "num-examples": len(mine),
+        "examples": record.examples,
+        "tokens": record.tokens,
+        "loss-before": before,
+        "loss-after": after,
+        "seconds": time.perf_counter() - start,
+    }
+    return Message(RecordDict({"arrays": to_record(adapter), "metrics": MetricRecord(metrics)}), reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Score the average adapter on the hospital's own held-out cards: nats per answer token, and how many cards."""
+    cfg, hospital = settings(context), int(context.node_config["partition-id"])
+    cards, metrics = own_cards(cfg, hospital)[1], {"partition-id": hospital, "num-examples": 0, "nll": 0.0}
+    if len(cards):
+        with cpu_threads(cfg):
+            models.set_adapter(base_model(cfg)[0], from_record(message.content["arrays"]))
+            metrics |= {"num-examples": len(cards), "nll": _loss(cfg, cards)}
+    return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+
+
+def _loss(cfg: DictConfig, cards: Dataset) -> float:
+    scores = score_answers(*base_model(cfg), cards, prompt=cfg.dataset.prompt, seq_length=cfg.train.seq_length)
+    return float(scores.nll.sum() / scores.tokens.sum())
+
+
+def own_cards(cfg: DictConfig, hospital: int) -> tuple[Dataset, Dataset]:
+    """(train, test) cards of one hospital, from 0.
+
+    Raises:
+        ValueError: the cards cannot be divided as configured.
+    """
+    train_parts, test_parts = _all_cards(OmegaConf.to_yaml(cfg))
+    return train_parts[hospital], test_parts[hospital]
+
+
+@lru_cache(maxsize=2)
+def _all_cards(text: str) -> tuple[list[Dataset], list[Dataset]]:
+    cfg = OmegaConf.create(text)
+    train_cards, test_cards = data.load(cfg)
+    how = cfg.federation
+    parts = partitions.partition(train_cards, how.num_clients, how.partition, alpha=how.dirichlet_alpha, seed=cfg.seed)
+    return parts, partitions.partition_like(test_cards, parts)
+
+
+def cards_of_round(cards: Dataset, cfg: DictConfig, number: int, hospital: int = 0) -> Dataset:
+    """The cards that a round trains on: fresh ones while there are any, then the next shuffle, from the seed alone.
+
+    Nothing has to be remembered between rounds, so a run that was killed goes on with the very same cards.
+
+    Args:
+        cards: all of the hospital.
+        cfg: of the federation; with ``max_steps`` of −1 a round takes all cards.
+        number: of the round, from 1.
+        hospital: mixed into the seed.
+    """
+    arguments = training.round_config(cfg).train.training_arguments
+    steps, batch = arguments.get("max_steps", -1), arguments.get("per_device_train_batch_size", 8)
+    if steps < 1:
+        return cards
+    wanted = steps * batch * arguments.get("gradient_accumulation_steps", 1)
+    first, last = (number - 1) * wanted, number * wanted
+    epochs = range(first // len(cards), (last - 1) // len(cards) + 1)
+    order = np.concatenate(
+        [np.random.default_rng([cfg.seed, hospital, epoch]).permutation(len(cards)) for epoch in epochs]
+    )
+    skipped = first - epochs[0] * len(cards)
+    return cards.select(order[skipped : skipped + wanted])

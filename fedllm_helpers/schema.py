@@ -1,0 +1,106 @@
+"""The settings: every key of a configuration with its default, its meaning and its limits."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+PARTITIONS = ("iid", "specialty", "dirichlet", "quantity")
+STRATEGIES = (  # of flwr.serverapp.strategy, those that combine adapters
+    "FedAvg", "FedAvgM", "FedProx", "FedAdagrad", "FedAdam", "FedYogi",
+    "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan", "QFedAvg",
+)  # fmt: skip
+
+
+def _setting(
+    default: Any, meaning: str, low: float | None = None, high: float | None = None, choices: tuple = ()
+) -> Any:
+    limits = {"meaning": meaning, "low": low, "high": high, "choices": choices}
+    return (
+        field(default_factory=default, metadata=limits)
+        if callable(default)
+        else field(default=default, metadata=limits)
+    )
+
+
+@dataclass
+class Dataset:
+    """Where the flashcards come from and how a card becomes a prompt."""
+
+    name: str = _setting("hpo", "'hpo', a hub id, or a .json, .jsonl or .csv file")
+    prompt: str = _setting("short", "template around a question", choices=("short", "course"))
+    specialties: list[str] | None = _setting(None, "keep these specialties only; null keeps all")
+    max_cards_per_specialty: int | None = _setting(None, "seeded subset of each specialty; null keeps all", low=2)
+
+
+@dataclass
+class Lora:
+    """The adapter: which layers get a low-rank update, and how large (Hu et al. 2021, arXiv:2106.09685)."""
+
+    peft_lora_r: int = _setting(16, "rank r of the update B·A", low=1)
+    peft_lora_alpha: int = _setting(64, "α: the update is scaled by α / r", low=1)
+    lora_dropout: float = _setting(0.0, "share of the adapter's inputs dropped while training", low=0, high=0.99)
+    target_modules: list[str] | None = _setting(
+        None, "layers with an adapter; null: the family's attention projections"
+    )
+
+
+@dataclass
+class Model:
+    """The frozen base model and how it is held in memory."""
+
+    name: str = _setting("smollm2-135m", "'smollm2-135m', a hub id, or a folder")
+    quantization: int | None = _setting(None, "bits per frozen weight; null keeps them whole", choices=(None, 4, 8))
+    gradient_checkpointing: bool = _setting(False, "recompute activations: less memory, more time")
+    use_fast_tokenizer: bool = _setting(True, "the compiled tokenizer; false refuses where no other exists")
+    device: str = _setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = _setting(
+        "auto", "number format of the frozen weights", choices=("auto", "float32", "bfloat16", "float16")
+    )
+    lora: Lora = field(default_factory=Lora)
+
+
+@dataclass
+class Train:
+    """Training of one adapter, and its schedule over the rounds of a federation."""
+
+    save_every_round: int = _setting(5, "keep the adapter of every n-th round", low=1)
+    seq_length: int = _setting(128, "tokens per card at most", low=1)
+    padding_side: str = _setting("left", "where short cards are filled up", choices=("left", "right"))
+    evaluate_split: bool | int | float = _setting(
+        0.1, "share of cards held out; true is 0.1, false none", low=0, high=0.9
+    )
+    learning_rate_max: float = _setting(2e-3, "rate of the first round", low=0)
+    learning_rate_min: float = _setting(2e-4, "rate towards which the rounds fall along a cosine", low=0)
+    training_arguments: dict[str, Any] = _setting(dict, "passed to transformers.TrainingArguments as it is")
+
+
+@dataclass
+class Federation:
+    """Which hospitals train together, on what, for how long, and how their adapters are combined."""
+
+    num_clients: int = _setting(6, "hospitals", low=1)
+    num_rounds: int = _setting(4, "rounds of train, send, average", low=1)
+    fraction_train: float = _setting(1.0, "share of the hospitals asked in a round", low=1e-9, high=1)
+    fraction_evaluate: float = _setting(
+        0.0, "share of them asked to score the average on their own cards", low=0, high=1
+    )
+    min_replies: int = _setting(1, "usable replies without which a round leaves the adapter as it was", low=1)
+    timeout: float = _setting(3600.0, "seconds to wait for the hospitals of a round", low=1)
+    partition: str = _setting("specialty", "how cards lie over the hospitals", choices=PARTITIONS)
+    dirichlet_alpha: float = _setting(0.5, "α of partition dirichlet: small is uneven", low=1e-3)
+    strategy: str = _setting("FedAvg", "how the server combines adapters, by Flower's name", choices=STRATEGIES)
+    strategy_arguments: dict[str, Any] = _setting(dict, "passed to the strategy as it is, such as server_momentum")
+    training_arguments: dict[str, Any] = _setting(dict, "in place of train.training_arguments, within a round")
+    evaluate_every: int = _setting(1, "rounds between two evaluations on the server; 0 for none", low=0)
+    evaluate_cards: int | None = _setting(48, "held-out cards for them; null for all", low=2)
+    threads: int | None = _setting(None, "CPU threads of a hospital; null for all cores", low=1)
+
+
+@dataclass
+class Config:
+    """All settings of a run."""
+
+    seed: int = _setting(0, "seeds the split, the subset, the adapter's start and the order of the cards", low=0)
+    dataset: Dataset = field(default_factory=Dataset)
+    model: Model = field(default_factory=Model)
+    train: Train = field(default_factory=Train)
+    federation: Federation = field(default_factory=Federation)

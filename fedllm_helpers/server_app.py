@@ -1,0 +1,155 @@
+"""Flower ServerApp: asks hospitals, screens and combines their adapters, and keeps every finished round."""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Strategy
+from omegaconf import DictConfig
+from platformdirs import user_data_path
+
+from fedllm_helpers import aggregation, checkpoints, data, models, training
+from fedllm_helpers.evaluation import score_answers
+from fedllm_helpers.messages import base_model, cpu_threads, first_adapter, quiet_flower, settings, to_record
+from fedllm_helpers.provenance import provenance
+from fedllm_helpers.rounds import hospitals, join, run_round
+from fedllm_helpers.tables import Tables, bar, report
+
+logger = logging.getLogger(__name__)
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run a federation from a run's settings; the result goes into ``context.state`` and, with a folder, to disk.
+
+    ``folder`` of the run config: where rounds, adapters and tables are kept; ``"auto"`` is a folder of its own under
+    the user's data, ``""`` keeps nothing. A folder with rounds of the same settings is gone on with.
+    """
+    cfg, folder = settings(context), _folder(context)
+    with quiet_flower():
+        adapter, tables = federate(
+            grid,
+            cfg,
+            first_adapter(cfg),
+            evaluate=_evaluation(cfg),
+            keep=partial(_keep, cfg, folder) if folder else None,
+            folder=folder,
+            progress=str(context.run_config.get("progress", "")),
+        )
+    rows = {"history": json.dumps(tables.history), "clients": json.dumps(tables.clients)}
+    context.state["adapter"], context.state["tables"] = to_record(adapter), ConfigRecord(rows)
+    if folder:
+        _keep(cfg, folder, adapter, "adapter")
+        tables.history_frame().to_csv(folder / "history.csv", index=False)
+        tables.clients_frame().to_csv(folder / "clients.csv", index=False)
+        (folder / "provenance.json").write_text(json.dumps(provenance(cfg), indent=1), encoding="utf-8")
+        logger.warning("the adapter, its history and its rounds are in %s", folder)
+
+
+def _evaluation(cfg: DictConfig) -> Callable[[models.Adapter], float] | None:
+    """Nats per answer token on the server's held-out cards; None where it has none, or none are wanted."""
+    test = data.load(cfg)[1] if cfg.federation.evaluate_every else []
+    if not len(test):
+        return None
+    shown = test.select(range(min(len(test), cfg.federation.evaluate_cards or len(test))))
+
+    def evaluate(adapter: models.Adapter) -> float:
+        """Score an adapter."""
+        model, tokenizer = base_model(cfg)
+        models.set_adapter(model, adapter)
+        with cpu_threads(cfg):
+            scores = score_answers(model, tokenizer, shown, prompt=cfg.dataset.prompt, seq_length=cfg.train.seq_length)
+        return float(scores.nll.sum() / scores.tokens.sum())
+
+    return evaluate
+
+
+def _keep(cfg: DictConfig, folder: Path, adapter: models.Adapter, name: str) -> None:
+    model, _ = base_model(cfg)
+    models.set_adapter(model, adapter)
+    models.save_adapter(model, folder / name)
+
+
+def federate(
+    grid: Grid,
+    cfg: DictConfig,
+    adapter: models.Adapter,
+    *,
+    evaluate: Callable[[models.Adapter], float] | None = None,
+    keep: Callable[[models.Adapter, str], None] | None = None,
+    folder: Path | None = None,
+    progress: str = "",
+) -> tuple[models.Adapter, Tables]:
+    """All rounds of a federation, from the first or from where an earlier process was ended.
+
+    Args:
+        grid: Flower's, or the one in this process.
+        cfg: its ``federation`` and ``train`` sections are used.
+        adapter: to start from.
+        evaluate: scores an adapter on the server, in nats per answer token.
+        keep: saves an adapter under a name, after every ``train.save_every_round`` rounds.
+        folder: of the checkpoints, one after every round.
+        progress: ``"bar"`` over rounds and clients, ``"lines"``, one for each round, or nothing.
+
+    Returns:
+        The last adapter, and the tables of rounds and of clients.
+
+    Raises:
+        TimeoutError: fewer than ``federation.num_clients`` hospitals connect.
+        RuntimeError: no hospital of a round sent a usable adapter; with the first one's traceback.
+        ValueError: the folder holds a run with other settings.
+    """
+    cfg, strategy, plan = join(grid, cfg), aggregation.make_strategy(cfg), training.rounds(cfg)
+    before = checkpoints.latest(folder, cfg) if folder else None
+    tables, done, names = Tables(), 0, {}
+    if before:
+        adapter, tables, done = _restore(before, strategy)
+        logger.warning("going on after round %d of %d from %s", done, len(plan), folder)
+    elif evaluate:
+        tables.history.append({"round": 0, "nll": evaluate(adapter)})
+    with bar(plan[done:], progress == "bar") as shown:
+        for step in plan[done:]:
+            names, start = hospitals(grid, cfg, names), time.perf_counter()
+            adapter, row = run_round(grid, cfg, strategy, step, adapter, names, tables, shown)
+            if evaluate and (step.number == len(plan) or step.number % cfg.federation.evaluate_every == 0):
+                row["nll"] = evaluate(adapter)
+            tables.history.append({**row, "seconds": time.perf_counter() - start})
+            if progress == "lines":
+                print(report(tables.history[-1], len(plan)), flush=True)
+            _save(folder, cfg, step, adapter, strategy, tables, keep)
+    return adapter, tables
+
+
+def _restore(before: checkpoints.Checkpoint, strategy: Strategy) -> tuple[models.Adapter, Tables, int]:
+    aggregation.restore_strategy(strategy, before.strategy_arrays, before.strategy_kinds)
+    return before.adapter, Tables(before.history, before.clients), before.number
+
+
+def _save(
+    folder: Path | None,
+    cfg: DictConfig,
+    step: training.Round,
+    adapter: models.Adapter,
+    strategy: Strategy,
+    tables: Tables,
+    keep: Callable[[models.Adapter, str], None] | None,
+) -> None:
+    if keep and step.saved:
+        keep(adapter, f"adapters/round-{step.number:06d}")
+    if folder:
+        arrays, kinds = aggregation.strategy_state(strategy)
+        state = checkpoints.Checkpoint(step.number, adapter, arrays, kinds, tables.history, tables.clients)
+        checkpoints.save(folder, cfg, state)
+
+
+def _folder(context: Context) -> Path | None:
+    given = str(context.run_config.get("folder", ""))
+    if given == "auto":
+        return user_data_path("fedllm_helpers", appauthor=False) / "runs" / str(context.run_id)
+    return Path(given).expanduser().resolve() if given else None

@@ -1,0 +1,199 @@
+"""The two Flower apps without a network: all in this process (default), or on Ray."""
+
+import itertools
+import json
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as MessageProto
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+from omegaconf import DictConfig, OmegaConf
+
+from fedllm_helpers import client_app, server_app
+from fedllm_helpers.messages import from_record, quiet_flower
+from fedllm_helpers.models import Adapter
+from fedllm_helpers.provenance import provenance
+from fedllm_helpers.tables import Tables
+
+BACKENDS = ("in-process", "ray")
+SERVER_NODE, FIRST_CLIENT_NODE, CLIENT_RAISED = 1, 2, 2  # the last is Flower's ErrorCode for a ClientApp that raised
+
+
+@dataclass(frozen=True)
+class FederatedRecord:
+    """What a federation gave: adapter, a table of rounds, a table of rounds × clients, and where it comes from.
+
+    The columns are those of :class:`fedllm_helpers.tables.Tables`.
+    """
+
+    adapter: Adapter
+    history: pd.DataFrame
+    clients: pd.DataFrame
+    provenance: dict[str, Any]
+
+
+def run(
+    cfg: DictConfig,
+    backend: str = "in-process",
+    *,
+    folder: str | Path | None = None,
+    progress: bool = True,
+    actors: int = 2,
+) -> FederatedRecord:
+    """Run a federation on this machine. Taught in notebook 03.
+
+    Args:
+        cfg: from :func:`fedllm_helpers.config.load`.
+        backend: ``"in-process"``: clients one after the other, one copy of the model. ``"ray"``: in several processes
+            (extra ``sim``). With the same ``federation.threads`` the adapters are the same to the last bit.
+        folder: where every finished round is kept; a folder with rounds of the same settings is gone on with. None
+            keeps nothing.
+        progress: whether to show a bar over rounds and clients.
+        actors: processes of Ray that train at the same time.
+
+    Returns:
+        Adapter, tables and provenance.
+
+    Raises:
+        ValueError: an unknown backend, cards that cannot be divided, or a folder with another run.
+        RuntimeError: no hospital of a round sent a usable adapter; with the first one's traceback.
+        ModuleNotFoundError: Ray is not installed.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: known are {', '.join(BACKENDS)}")
+    client_app.own_cards(cfg, 0)  # more hospitals than cards, or no such specialty: said before anything starts
+    given = {
+        "config": OmegaConf.to_yaml(cfg),
+        "folder": str(Path(folder).resolve()) if folder else "",
+        "progress": "bar" if progress else "",
+    }
+    with quiet_flower():
+        if backend == "ray":
+            context = _run_on_ray(cfg, given, actors)
+        else:
+            with InProcessGrid(client_app.app, cfg.federation.num_clients, given) as grid:
+                context = Context(grid.run.run_id, SERVER_NODE, {}, RecordDict(), given)
+                server_app.app(grid, context)
+    rows = {name: json.loads(context.state["tables"][name]) for name in ("history", "clients")}
+    tables = Tables(rows["history"], [tuple(row) for row in rows["clients"]])
+    origin = provenance(cfg, backend=backend)
+    return FederatedRecord(
+        from_record(context.state["adapter"]), tables.history_frame(), tables.clients_frame(), origin
+    )
+
+
+class InProcessGrid(Grid):
+    """A Flower Grid whose clients run here, one after the other, each when its reply is asked for.
+
+    Every message goes through Flower's own serialisation both ways: what a client gets is a copy, as over a network.
+
+    Args:
+        app: the ClientApp, or anything called like one.
+        num_clients: nodes; node k has ``partition-id`` k.
+        run_config: what the clients find in ``context.run_config``.
+    """
+
+    def __init__(
+        self, app: Callable[[Message, Context], Message], num_clients: int, run_config: dict[str, Any]
+    ) -> None:
+        self.app, self.num_clients, self.run_config = app, num_clients, run_config
+        self.states: dict[int, RecordDict] = {}  # what clients remember; those that keep nothing take no memory
+        self.numbers, self.pending, self._run = itertools.count(1), {}, Run.create_empty(run_id=1)
+
+    def __enter__(self) -> "InProcessGrid":
+        self._before = TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, self._run.run_id, SERVER_NODE
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = self._before
+
+    @property
+    def run(self) -> Run:
+        """The run of this grid."""
+        return self._run
+
+    def set_run(self, run: Run) -> None:
+        """Take another run."""
+        self._run = run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """A message of this run."""
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All nodes: they are always there."""
+        return range(FIRST_CLIENT_NODE, FIRST_CLIENT_NODE + self.num_clients)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Take messages; they are worked on when their replies are pulled."""
+        pushed = {str(next(self.numbers)): message for message in messages}
+        self.pending |= pushed
+        return list(pushed)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies, one after the other."""
+        return (self._deliver(self.pending.pop(number)) for number in message_ids if number in self.pending)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """The replies, each computed when it is asked for; a client here cannot be timed out."""
+        return (self._deliver(message) for message in messages)
+
+    def _deliver(self, message: Message) -> Message:
+        request = _over_the_wire(message)
+        request.metadata.__dict__["_message_id"] = str(next(self.numbers))
+        node = request.metadata.dst_node_id
+        names = {"partition-id": node - FIRST_CLIENT_NODE, "num-partitions": self.num_clients}
+        context = Context(self._run.run_id, node, names, self.states.pop(node, RecordDict()), self.run_config)
+        try:
+            reply = self.app(request, context)
+        except Exception:  # as on any other grid: a client's failure is a reply, not the end of the run
+            reply = Message(Error(CLIENT_RAISED, traceback.format_exc()), reply_to=request)
+        if context.state:
+            self.states[node] = context.state
+        return _over_the_wire(reply)
+
+
+def _over_the_wire(message: Message) -> Message:
+    return message_from_proto(MessageProto.FromString(message_to_proto(message).SerializeToString()))
+
+
+def _run_on_ray(cfg: DictConfig, given: dict[str, Any], actors: int) -> Context:
+    if find_spec("ray") is None:
+        raise ModuleNotFoundError("backend='ray' needs the extra: pip install 'fedllm-helpers[sim]'")
+    from flwr.simulation import run_simulation  # imports much that the other backend does not need
+
+    kept: list[Context] = []
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        """The server app with these settings; what it leaves in its context is kept."""
+        context.run_config = given
+        server_app.app(grid, context)
+        kept.append(context)
+
+    resources = {
+        "client_resources": {"num_cpus": 1, "num_gpus": 0},
+        "init_args": {"num_cpus": actors, "include_dashboard": False, "log_to_driver": False},
+    }
+    run_simulation(server, partial(_with_run_config, given), cfg.federation.num_clients, backend_config=resources)
+    return kept[0]
+
+
+def _with_run_config(given: dict[str, Any], message: Message, context: Context) -> Message:
+    app: ClientApp = client_app.app  # Flower refuses a client's context that comes back with other settings
+    return app(message, Context(context.run_id, context.node_id, context.node_config, context.state, given))

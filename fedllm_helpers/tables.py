@@ -1,0 +1,71 @@
+"""What happened in a federation: a row per round, a row per round and client, and the bar while it runs."""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+from tqdm import tqdm
+
+from fedllm_helpers.training import Round
+
+HISTORY = [
+    "round",
+    "learning_rate",
+    "asked",
+    "used",
+    "examples",
+    "tokens",
+    "loss_before",
+    "loss_after",
+    "nll",
+    "client_nll",
+]
+HISTORY += ["bytes_down", "bytes_up", "client_seconds", "seconds"]
+CLIENTS = [
+    "round",
+    "client",
+    "status",
+    "bytes_down",
+    "bytes_up",
+    "cards",
+    "examples",
+    "tokens",
+    "loss_before",
+    "loss_after",
+    "seconds",
+]
+NUMBERS = ("num-examples", "examples", "tokens", "loss-before", "loss-after", "seconds")  # as a client sends them
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What happened: a row per round, and a row per round and client.
+
+    Losses and ``nll`` are nats per answer token: before and after a hospital's training on its own cards, and of the
+    average on the server's held-out cards (``client_nll``: on the hospitals' own). ``status`` is ``used`` or why not.
+    """
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    clients: list[tuple] = field(default_factory=list)
+
+    def history_frame(self) -> pd.DataFrame:
+        """A row per round; round 0 is before any training."""
+        return pd.DataFrame(self.history, columns=HISTORY)
+
+    def clients_frame(self) -> pd.DataFrame:
+        """A row per round and client, bytes in either direction included."""
+        return pd.DataFrame(self.clients, columns=CLIENTS)
+
+
+def bar(plan: list[Round], shown: bool) -> tqdm:
+    """A progress bar over rounds × clients, on stdout."""
+    total = sum(step.clients for step in plan)
+    return tqdm(total=total, desc="federated", unit="client", file=sys.stdout, ncols=100, disable=not shown)
+
+
+def report(row: dict[str, Any], total: int) -> str:
+    """A row of the history as a line of a log."""
+    line = f"round {row['round']} of {total}: {row['used']} of {row['asked']} hospitals, "
+    line += f"loss {row['loss_before']:.2f} before and {row['loss_after']:.2f} after their training"
+    return f"{line}, held-out NLL of the average {row['nll']:.2f}" if "nll" in row else line

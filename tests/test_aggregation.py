@@ -1,0 +1,186 @@
+"""The mean against numpy and Flower, every strategy against Flower's own loop, and replies that cannot be used."""
+
+import logging
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from flwr.app import ArrayRecord, ConfigRecord
+from flwr.serverapp import strategy as strategies
+
+from fedllm_helpers import aggregation, config, simulation, training
+from fedllm_helpers.messages import from_record, to_record
+from fedllm_helpers.schema import STRATEGIES
+
+NEEDED = {
+    "QFedAvg": {"client_learning_rate": 0.1, "train_loss_key": "loss-before"},
+    "FedAvgM": {"server_momentum": 0.5},
+}
+
+
+def random_adapter(seed):
+    rng = np.random.default_rng(seed)
+    shapes = {"z.lora_A": (4, 7), "a.lora_B": (5, 4), "one": (1,), "flat": (3, 1)}
+    return {key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("weights", [[3], [1, 2], [200, 1, 77.5], [1e-3, 1e6, 5, 0]])
+def test_weighted_mean_against_numpy(weights):
+    adapters = [random_adapter(seed) for seed in range(len(weights))]
+    mean = aggregation.weighted_mean(zip(adapters, weights, strict=True))
+    assert list(mean) == list(adapters[0])
+    for key, value in mean.items():
+        wanted = np.average([a[key].astype(np.float64) for a in adapters], axis=0, weights=weights)
+        assert value.dtype == np.float32
+        np.testing.assert_allclose(value, wanted, rtol=1e-6)
+
+
+def test_weighted_mean_refuses_what_does_not_fit():
+    one = random_adapter(0)
+    with pytest.raises(ValueError, match="nothing to average"):
+        aggregation.weighted_mean([])
+    with pytest.raises(ValueError, match="weights that sum to 0"):
+        aggregation.weighted_mean([(one, 0)])
+    with pytest.raises(ValueError, match="'one' has shape .2,., not .1,."):
+        aggregation.weighted_mean([(one, 1), ({**one, "one": np.zeros(2, np.float32)}, 1)])
+    with pytest.raises(ValueError, match="1 keys are missing or unknown, the first is 'flat'"):
+        aggregation.weighted_mean([(one, 1), ({k: v for k, v in one.items() if k != "flat"}, 1)])
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_gives_what_flowers_own_loop_gives(name):
+    arguments = NEEDED.get(name, {})
+    cfg = tiny.settings(f"federation.strategy={name}", hospitals=5)
+    cfg = config.load(cfg, *[f"federation.strategy_arguments.{key}={value}" for key, value in arguments.items()])
+    ours, _ = tiny.federate(cfg)
+    with simulation.InProcessGrid(tiny.client(), 5, {}) as grid:
+        theirs = getattr(strategies, name)(**arguments, fraction_evaluate=0.0)
+        result = theirs.start(grid, to_record(tiny.START), num_rounds=3, train_config=ConfigRecord({"lr": 1.0}))
+    for key, value in from_record(result.arrays).items():
+        np.testing.assert_allclose(ours[key], value, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(ours["b.A"], tiny.START["b.A"])
+
+
+def test_an_unknown_argument_of_a_strategy_is_one_line():
+    cfg = tiny.settings("federation.strategy=FedAdam", "federation.strategy_arguments.beta1=0.5")
+    with pytest.raises(ValueError, match="federation.strategy_arguments=.'beta1': 0.5. of FedAdam: .*beta1"):
+        aggregation.make_strategy(cfg)
+
+
+def test_every_round_has_its_rate_and_asks_the_sampled_hospitals_in_order():
+    cfg, seen = tiny.settings("federation.fraction_train=0.5", hospitals=6, rounds=4), []
+    tiny.federate(cfg, tiny.client(seen=seen))
+    for step in training.rounds(cfg):
+        asked = [hospital for number, hospital, _ in seen if number == step.number]
+        assert len(asked) == 3 and asked == sorted(asked)
+        assert {rate for number, _, rate in seen if number == step.number} == {step.learning_rate}
+    drawn = [tuple(h for n, h, _ in seen if n == number) for number in (1, 2, 3, 4)]
+    assert len(set(drawn)) > 1, "another draw in every round"
+    again = []
+    tiny.federate(cfg, tiny.client(seen=again))
+    assert again == seen
+    other = []
+    tiny.federate(config.load(cfg, "seed=7"), tiny.client(seen=other))
+    assert [h for _, h, _ in other] != [h for _, h, _ in seen]
+
+
+class Shuffled(simulation.InProcessGrid):
+    """Like Flower's own grids: node numbers at random, replies as a list in any order."""
+
+    def get_node_ids(self):
+        return np.random.default_rng(5).permutation(list(super().get_node_ids())).tolist()
+
+    def send_and_receive(self, messages, *, timeout=None):
+        return list(reversed(list(super().send_and_receive(messages, timeout=timeout))))
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedAdam", "FedMedian"])
+def test_the_order_of_nodes_and_replies_changes_no_bit(name):
+    cfg = tiny.settings(f"federation.strategy={name}", "federation.fraction_train=0.8", hospitals=7)
+    ours, theirs = tiny.federate(cfg)[0], tiny.federate(cfg, grid=Shuffled)[0]
+    assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+
+
+def _with(key, value):
+    return lambda adapter, numbers: ({**adapter, key: value}, numbers)
+
+
+def _raise(adapter, numbers):
+    raise OSError("the disk of this hospital is full")
+
+
+FAULTS = {
+    "not finite": _with("a.B", np.full((3, 2), np.nan, np.float32)),
+    "has shape .1, 2., not .3, 2.": _with("a.B", np.zeros((1, 2), np.float32)),
+    "is float64, not float32": _with("a.B", np.zeros((3, 2))),
+    "1 keys are missing or unknown, the first is 'c'": _with("c", np.zeros(1, np.float32)),
+    "num-examples is 0": lambda adapter, numbers: (adapter, {**numbers, "num-examples": 0}),
+    "num-examples is nan": lambda adapter, numbers: (adapter, {**numbers, "num-examples": float("nan")}),
+    "num-examples is None": lambda adapter, numbers: (adapter, {"seconds": 1.0}),
+    "it failed: OSError: the disk of this hospital is full": _raise,
+    "it failed: TypeError: .*BFloat16": lambda adapter, numbers: (
+        ArrayRecord({"a.B": torch.zeros(3, 2, dtype=torch.bfloat16)}),
+        numbers,
+    ),
+}
+
+
+@pytest.mark.parametrize("expected", FAULTS)
+def test_a_reply_that_cannot_be_used_is_named_and_left_out(expected, caplog):
+    cfg = tiny.settings(rounds=1)
+    with caplog.at_level(logging.WARNING):
+        adapter, tables = tiny.federate(cfg, tiny.client({(1, 2): FAULTS[expected]}))
+    assert any(m.startswith("round 1: hospital 2 is left out: ") for m in caplog.messages)
+    frame = tables.clients_frame().set_index("client")
+    assert frame.loc[2, "status"] in caplog.text and frame["status"].drop(2).eq("used").all()
+    assert tables.history_frame()["used"].tolist() == [3]
+    import re
+
+    assert re.search(expected, frame.loc[2, "status"])
+    others = [(tiny.update(tiny.START, h, 1), 10 * (h + 1)) for h in (0, 1, 3)]
+    wanted = aggregation.weighted_mean(others)
+    assert all(np.array_equal(adapter[key], wanted[key]) for key in wanted)
+
+
+def test_a_round_without_any_usable_reply_ends_with_the_first_traceback():
+    faults = {(2, hospital): _raise for hospital in range(4)}
+    with pytest.raises(RuntimeError, match="(?s)round 2: none of 4 hospitals .*Traceback.*in _raise.*disk of this"):
+        tiny.federate(tiny.settings(), tiny.client(faults))
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedAdam", "FedMedian"])
+def test_fewer_replies_than_the_minimum_leave_the_adapter_as_it_was(name, caplog):
+    cfg = tiny.settings("federation.min_replies=3", f"federation.strategy={name}")
+    faults = {(2, hospital): _raise for hospital in (0, 1)}
+    adapter, tables = tiny.federate(cfg, tiny.client(faults))
+    assert "round 2: 2 usable replies of 4, federation.min_replies=3: the adapter stays" in caplog.text
+    assert tables.history_frame()["used"].tolist() == [4, 2, 4]
+
+    state = aggregation.make_strategy(cfg)  # the same two rounds, with the second left out by hand
+    current = tiny.START
+    for number in (1, 3):
+        with simulation.InProcessGrid(tiny.client(), 4, {}) as grid:
+            messages = list(state.configure_train(number, to_record(current), ConfigRecord(), grid))
+            messages.sort(key=lambda message: message.metadata.dst_node_id)
+            current = aggregation.combine(state, number, grid.send_and_receive(messages))
+    assert all(np.array_equal(adapter[key], current[key]) for key in current)
+
+
+def test_hospitals_score_the_average_on_their_own_cards():
+    cfg, seen = tiny.settings("federation.fraction_evaluate=1.0", rounds=1), []
+    _, tables = tiny.federate(cfg, tiny.client(seen=seen))
+    wanted = sum((h + 1) * h for h in range(4)) / sum(h + 1 for h in range(4))
+    assert tables.history_frame()["client_nll"].tolist() == pytest.approx([wanted])
+
+
+def test_the_names_of_flower_that_are_not_public_are_still_there():
+    """The grid in this process touches these; a failure here means: look at what the new Flower calls them."""
+    from flwr.common.constant import ErrorCode
+    from flwr.common.serde import message_from_proto, message_to_proto, recorddict_to_proto  # noqa: F401
+    from flwr.supercore.run import Run
+    from flwr.supercore.task_identity import TaskIdentity
+
+    assert {"_task_id", "_run_id", "_node_id"} <= vars(TaskIdentity).keys()
+    assert Run.create_empty(run_id=1).run_id == 1
+    assert simulation.CLIENT_RAISED in (ErrorCode.UNKNOWN, ErrorCode.CLIENT_APP_RAISED_EXCEPTION)

@@ -1,0 +1,53 @@
+"""A federation with adapters of a few numbers: Flower's messages and strategies, no language model."""
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+
+from fedllm_helpers import config, server_app, simulation
+
+START = {"b.A": np.zeros((2, 5), np.float32), "a.B": np.ones((3, 2), np.float32)}  # not in the alphabet's order
+
+
+def update(adapter, hospital, number):
+    """What a hospital makes of an adapter: a fixed pseudo-random step towards a point of its own."""
+    rng = np.random.default_rng([hospital, number])
+    return {
+        key: (value + 0.1 * rng.normal(hospital, 1, value.shape)).astype(np.float32) for key, value in adapter.items()
+    }
+
+
+def client(faults=None, seen=None):
+    """A ClientApp; ``faults`` maps (round, hospital) to what is done to its reply, ``seen`` collects the orders."""
+
+    def app(message, context):
+        hospital, hospitals = context.node_config["partition-id"], context.node_config["num-partitions"]
+        numbers = {"partition-id": hospital, "num-partitions": hospitals}
+        if message.metadata.message_type == "query":
+            return Message(RecordDict({"metrics": MetricRecord(numbers)}), reply_to=message)
+        number = message.content["config"]["server-round"]
+        if seen is not None:
+            seen.append((number, hospital, message.content["config"].get("lr")))
+        if message.metadata.message_type == "evaluate":
+            numbers |= {"num-examples": hospital + 1, "nll": float(hospital)}
+            return Message(RecordDict({"metrics": MetricRecord(numbers)}), reply_to=message)
+        adapter = update({k: a.numpy() for k, a in message.content["arrays"].items()}, hospital, number)
+        numbers |= {"num-examples": 10 * (hospital + 1), "examples": 8, "tokens": 80, "seconds": 0.01}
+        numbers |= {"loss-before": 3.0, "loss-after": 2.0}
+        fault = (faults or {}).get((number, hospital))
+        if fault:
+            adapter, numbers = fault(adapter, numbers)
+        arrays = ArrayRecord({key: Array(value) for key, value in adapter.items()})
+        return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord(numbers)}), reply_to=message)
+
+    return app
+
+
+def settings(*overrides, hospitals=4, rounds=3):
+    """The cpu preset for so many hospitals."""
+    return config.load("cpu", f"federation.num_clients={hospitals}", f"federation.num_rounds={rounds}", *overrides)
+
+
+def federate(cfg, app=None, grid=simulation.InProcessGrid, **options):
+    """(adapter, tables) of a tiny federation."""
+    with grid(app or client(), cfg.federation.num_clients, {}) as nodes:
+        return server_app.federate(nodes, cfg, {key: value.copy() for key, value in START.items()}, **options)
