@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedllm_helpers.messages import from_record, to_record
 from fedllm_helpers.models import Adapter
+from fedllm_helpers.nodes import reason
 
 # These need the mean of the replies alone: it is summed up while they come, one in memory. The others compare them all.
 AVERAGING = ("FedAvg", "FedAvgM", "FedProx", "FedAdagrad", "FedAdam", "FedYogi")
@@ -65,7 +66,7 @@ def fault(reply: Message, adapter: Adapter) -> str | None:
         adapter: as it was sent out: a reply has its keys, shapes and dtypes.
     """
     if reply.has_error():
-        return f"it failed: {reply.error.reason.strip().splitlines()[-1]}"
+        return f"it failed: {reason(reply).splitlines()[-1]}"
     records = reply.content
     if len(records.array_records) != 1 or len(records.metric_records) != 1:
         return "it does not hold one adapter and one set of numbers"
@@ -73,19 +74,34 @@ def fault(reply: Message, adapter: Adapter) -> str | None:
     examples = metrics.get("num-examples")
     if not isinstance(examples, (int, float)) or not math.isfinite(examples) or examples <= 0:
         return f"its num-examples is {examples}, not a number above 0"
+    loss = metrics.get("loss-before")
+    if not isinstance(loss, (int, float)) or not math.isfinite(loss):
+        return f"its loss-before is {loss}, not a finite number"
     try:
         sent = from_record(given)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, EOFError) as error:
         return f"its arrays cannot be read: {error}"
-    reason = difference(sent, {key: value.shape for key, value in adapter.items()})
-    if reason:
-        return reason
+    different = difference(sent, {key: value.shape for key, value in adapter.items()})
+    if different:
+        return different
     for key, value in sent.items():
         if value.dtype != adapter[key].dtype:
             return f"{key!r} is {value.dtype}, not {adapter[key].dtype}"
         if not np.isfinite(value).all():
             return f"{key!r} holds values that are not finite"
     return None
+
+
+def tidied(reply: Message, adapter: Adapter) -> Message:
+    """A usable reply with its arrays in the order of ``adapter`` and the numbers that strategies use, nothing else.
+
+    Some strategies go by place and not by key, and all of them end the run where two clients' numbers have other names.
+    """
+    metrics, given = next(iter(reply.content.metric_records.values())), next(iter(reply.content.array_records.values()))
+    numbers = {name: float(metrics[name]) for name in ("num-examples", "loss-before")}
+    arrays = ArrayRecord({key: given[key] for key in adapter})
+    reply.content = RecordDict({"arrays": arrays, "metrics": MetricRecord(numbers)})
+    return reply
 
 
 def make_strategy(cfg: DictConfig) -> Strategy:
@@ -99,6 +115,11 @@ def make_strategy(cfg: DictConfig) -> Strategy:
     name, given = cfg.federation.strategy, OmegaConf.to_container(cfg.federation.strategy_arguments)
     if name == "QFedAvg":  # it weights by the loss of the adapter that was sent out
         given = {"train_loss_key": "loss-before", "client_learning_rate": cfg.train.learning_rate_max} | given
+    for key, value in given.items():
+        if key in everyone or key in fewest or (key.endswith("_key") and key != "train_loss_key"):
+            raise ValueError(f"federation.strategy_arguments.{key}: this is the server app's; leave it out")
+        if key != "train_loss_key" and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"federation.strategy_arguments.{key}={value}: allowed are numbers")
     try:
         return getattr(strategies, name)(**everyone, **fewest, **given)
     except (TypeError, ValueError) as error:

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from fedllm_helpers.models import Adapter
 
 logger = logging.getLogger(__name__)
+FREE = ("federation.timeout",)  # may differ when a run goes on: changes no bit
 KEPT = 2  # the newest rounds: were one damaged, the one before it is there
 
 
@@ -54,8 +55,9 @@ def save(folder: Path, cfg: DictConfig, checkpoint: Checkpoint) -> Path:
     with open(beside, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(beside, path)
-    for old in sorted(folder.glob("round-*.safetensors"))[:-KEPT]:
-        old.unlink()
+    for old in folder.glob("round-*.safetensors"):
+        if old <= _path(folder, checkpoint.number - KEPT):
+            old.unlink()
     return path
 
 
@@ -72,6 +74,7 @@ def latest(folder: Path, cfg: DictConfig) -> Checkpoint | None:
                 arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dictionary
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("%s is damaged (%s): going back to the round before", path, error)
+            path.rename(path.with_suffix(".damaged"))
             continue
         _check_same(path, record["config"], OmegaConf.to_container(cfg))
         strategy = {key.split("/", 1)[1]: value for key, value in arrays.items() if key.startswith("strategy/")}
@@ -86,11 +89,10 @@ def _path(folder: Path, number: int) -> Path:
 
 
 def _check_same(path: Path, before: dict, now: dict) -> None:
-    differ = [
-        key for key in sorted(_flat(before).keys() | _flat(now).keys()) if _flat(before).get(key) != _flat(now).get(key)
-    ]
+    there, here = _flat(before), _flat(now)
+    differ = [key for key in sorted(there.keys() | here.keys()) if key not in FREE and there.get(key) != here.get(key)]
     if differ:
-        changes = ", ".join(f"{key} ({_flat(before).get(key)} there, {_flat(now).get(key)} here)" for key in differ)
+        changes = ", ".join(f"{key} ({there.get(key)} there, {here.get(key)} here)" for key in differ)
         raise ValueError(
             f"{path.parent} holds a run with other settings: {changes}; go on with those, or name a new folder"
         )

@@ -52,6 +52,7 @@ def train(message: Message, context: Context) -> Message:
         "tokens": record.tokens,
         "loss-before": before,
         "loss-after": after,
+        "train-seconds": record.seconds,
         "seconds": time.perf_counter() - start,
     }
     return Message(RecordDict({"arrays": to_record(adapter), "metrics": MetricRecord(metrics)}), reply_to=message)

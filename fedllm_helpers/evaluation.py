@@ -68,6 +68,7 @@ def score_answers(
     Returns:
         Sums per card, in the order of ``cards``.
     """
+    model.eval()
     rows = encode(cards, tokenizer, seq_length, prompt)
     order = np.argsort([len(row["input_ids"]) for row in rows], kind="stable")
     nll, tokens, keep = np.zeros(len(rows)), np.zeros(len(rows), dtype=int), takes_logits_to_keep(model)

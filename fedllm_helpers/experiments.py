@@ -1,8 +1,9 @@
 """The grids behind ``notebooks/results``: what takes too long for a notebook, with its provenance beside it.
 
-``python -m fedllm_helpers.experiments federated`` compares the arms of notebook 03 over several seeds. Every arm has
-its own learning rate, chosen on cards of the training part, never on test cards. What is done is not done again: each
-job leaves its scores in ``build/experiments``.
+``python -m fedllm_helpers.experiments federated`` compares the arms of notebook 03 over several seeds. Each kind of arm
+has its own learning rate, chosen on cards of the training part, never on test cards: one for federations, and in each
+comparison one for pooled data and one for a lone hospital. What is done is not done again: each job leaves its scores
+in ``build/experiments``.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from fedllm_helpers.evaluation import AnswerScores, score_answers
 from fedllm_helpers.messages import base_model, first_adapter
 from fedllm_helpers.provenance import provenance
 
-RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 HOSPITALS = 6
 
 
@@ -75,7 +76,9 @@ def train_arm(cfg: DictConfig, arm: str, rate: float) -> models.Adapter:
 
 def score_arm(cfg: DictConfig, arm: str, rate: float) -> AnswerScores:
     """Train an arm and score it on the held-out cards of its configuration; scores of an earlier call are read back."""
-    name = hashlib.sha256(f"{OmegaConf.to_yaml(cfg)}{arm}{rate}".encode()).hexdigest()[:16]
+    cards = [part.to_list() for part in data.load(cfg)]
+    key = json.dumps([OmegaConf.to_yaml(cfg), arm, rate, cards, provenance(cfg)["versions"]])
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = Path("build") / "experiments" / f"{name}.npz"
     if path.is_file():
         kept = np.load(path, allow_pickle=False)
@@ -117,7 +120,11 @@ def tune(cfg: DictConfig, pool: ProcessPoolExecutor, path: Path) -> dict[str, fl
     ]
     table = pd.DataFrame(rows).groupby(["arm", "learning_rate"], as_index=False).mean()
     table.round(4).to_csv(path, index=False)
-    return table.loc[table.groupby("arm")["nll"].idxmin()].set_index("arm")["learning_rate"].to_dict()
+    best = table.loc[table.groupby("arm")["nll"].idxmin()].set_index("arm")["learning_rate"].to_dict()
+    for arm, rate in best.items():
+        if rate in (min(RATES), max(RATES)):
+            print(f"{arm}: the best rate, {rate}, is at the edge of those tried")
+    return best
 
 
 def federated(seeds: list[int], folder: Path, processes: int) -> None:

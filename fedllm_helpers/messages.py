@@ -36,7 +36,7 @@ def settings(context: Context) -> DictConfig:
 
 @lru_cache(maxsize=8)
 def _settings(text: str, preset: str, overrides: str) -> DictConfig:
-    return config.load(OmegaConf.create(text) if text else preset, *shlex.split(overrides))
+    return config.load(OmegaConf.create(text) if text else preset, *shlex.split(overrides, posix=os.name != "nt"))
 
 
 def base_model(cfg: DictConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -61,6 +61,7 @@ def _model_settings(cfg: DictConfig) -> str:
 @lru_cache(maxsize=1)
 def _base_model(text: str) -> tuple[PeftModel, PreTrainedTokenizerBase, models.Adapter]:
     model, tokenizer = models.load(config.load(OmegaConf.create(text)))
+    gc.unfreeze()
     gc.collect()
     gc.freeze()  # what is loaded now stays: each training collects twice, and need not walk the libraries for it
     return model, tokenizer, models.get_adapter(model)
@@ -81,7 +82,7 @@ def message_bytes(message: Message) -> int:
 
     The envelope (node numbers, times) adds about a hundred bytes that differ from message to message.
     """
-    return recorddict_to_proto(message.content).ByteSize() if message.has_content() else len(message.error.reason)
+    return recorddict_to_proto(message.content).ByteSize() if message.has_content() else len(message.error.reason or "")
 
 
 @contextlib.contextmanager

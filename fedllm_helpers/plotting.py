@@ -1,13 +1,15 @@
 """Every figure of the course, drawn from plain tables; ``course.mplstyle`` beside this file holds the look."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 STYLE = "fedllm_helpers.course"
 # One colour and one mark per arm in every notebook; the marks keep them apart in greyscale.
@@ -119,6 +121,61 @@ def byte_bars(sizes: Mapping[str, int], title: str) -> Figure:
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set(xlabel="megabytes (logarithmic)", title=title)
+    return figure
+
+
+def heat_maps(
+    tables: Mapping[str, pd.DataFrame], label: str, title: str, *, digits: int = 0, columns: int = 2
+) -> Figure:
+    """Tables as coloured cells with their numbers, on one scale of colours.
+
+    Args:
+        tables: panel title to a table; rows and columns carry the names that are written beside them.
+        label: of the colours, with the unit.
+        title: of the figure.
+        digits: after the point.
+        columns: panels side by side.
+    """
+    low = min(table.min().min() for table in tables.values())
+    high = max(table.max().max() for table in tables.values())
+    rows, columns = -(-len(tables) // columns), min(columns, len(tables))
+    tallest, widest = max(len(t) for t in tables.values()), max(len(t.columns) for t in tables.values())
+    with plt.style.context(STYLE):
+        size = (1.8 + 0.62 * widest * columns, 1.6 + rows * (0.9 + 0.3 * tallest))
+        figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False, sharex=True)
+        for axes, (name, table) in zip(panels.flat, tables.items(), strict=False):
+            image = axes.imshow(table, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+            for (y, x), value in np.ndenumerate(table.to_numpy()):
+                colour = "white" if value < (low + high) / 2 else "black"
+                axes.text(x, y, f"{value:.{digits}f}", ha="center", va="center", color=colour, fontsize=8)
+            axes.set_xticks(range(len(table.columns)), table.columns, rotation=40, ha="right")
+            axes.set_yticks(range(len(table)), table.index)
+            axes.set_title(name)
+            axes.grid(visible=False)
+        figure.colorbar(image, ax=panels, label=label, shrink=0.7)
+        figure.suptitle(title)
+    return figure
+
+
+def by_round(tables: Mapping[str, pd.DataFrame], ylabel: str, title: str, references: Mapping[str, float]) -> Figure:
+    """A measure after each round, beside the arms that have no rounds.
+
+    Args:
+        tables: arm to a table with ``round`` and ``nll``.
+        ylabel: with its unit.
+        title: of the figure.
+        references: arm to its value, drawn as a dashed line.
+    """
+    with plt.style.context(STYLE):
+        figure, axes = plt.subplots()
+        for arm, table in tables.items():
+            colour, mark = ARMS[arm]
+            axes.plot(table["round"], table["nll"], color=colour, marker=mark, label=arm)
+        for (arm, value), dashes in zip(references.items(), itertools.cycle(("--", ":", "-.")), strict=False):
+            axes.axhline(value, color=ARMS[arm][0], linestyle=dashes, linewidth=1.4, label=arm)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set(xlabel="round", ylabel=ylabel, title=title)
+        figure.legend(loc="outside right upper")
     return figure
 
 

@@ -68,8 +68,8 @@ class Train:
     evaluate_split: bool | int | float = _setting(
         0.1, "share of cards held out; true is 0.1, false none", low=0, high=0.9
     )
-    learning_rate_max: float = _setting(2e-3, "rate of the first round", low=0)
-    learning_rate_min: float = _setting(2e-4, "rate towards which the rounds fall along a cosine", low=0)
+    learning_rate_max: float = _setting(8e-3, "rate of the first round", low=0)
+    learning_rate_min: float = _setting(8e-4, "rate towards which the rounds fall along a cosine", low=0)
     training_arguments: dict[str, Any] = _setting(dict, "passed to transformers.TrainingArguments as it is")
 
 

@@ -1,12 +1,13 @@
 """Flower ServerApp: asks hospitals, screens and combines their adapters, and keeps every finished round."""
 
+import contextlib
 import json
-import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
@@ -16,11 +17,11 @@ from platformdirs import user_data_path
 from fedllm_helpers import aggregation, checkpoints, data, models, training
 from fedllm_helpers.evaluation import score_answers
 from fedllm_helpers.messages import base_model, cpu_threads, first_adapter, quiet_flower, settings, to_record
+from fedllm_helpers.nodes import hospitals, join
 from fedllm_helpers.provenance import provenance
-from fedllm_helpers.rounds import hospitals, join, run_round
+from fedllm_helpers.rounds import run_round
 from fedllm_helpers.tables import Tables, bar, report
 
-logger = logging.getLogger(__name__)
 app = ServerApp()
 
 
@@ -31,25 +32,40 @@ def main(grid: Grid, context: Context) -> None:
     ``folder`` of the run config: where rounds, adapters and tables are kept; ``"auto"`` is a folder of its own under
     the user's data, ``""`` keeps nothing. A folder with rounds of the same settings is gone on with.
     """
-    cfg, folder = settings(context), _folder(context)
-    with quiet_flower():
+    cfg, folder, progress = settings(context), _folder(context), str(context.run_config.get("progress", ""))
+    if folder and progress == "lines":
+        print(f"rounds are kept in {folder}: a run with this folder in its settings goes on from there", flush=True)
+    with quiet_flower(), _alone_in(folder):
+        cfg = join(grid, cfg)
+        keep = partial(_keep, cfg, folder) if folder else None
         adapter, tables = federate(
-            grid,
-            cfg,
-            first_adapter(cfg),
-            evaluate=_evaluation(cfg),
-            keep=partial(_keep, cfg, folder) if folder else None,
-            folder=folder,
-            progress=str(context.run_config.get("progress", "")),
+            grid, cfg, first_adapter(cfg), evaluate=_evaluation(cfg), keep=keep, folder=folder, progress=progress
         )
-    rows = {"history": json.dumps(tables.history), "clients": json.dumps(tables.clients)}
-    context.state["adapter"], context.state["tables"] = to_record(adapter), ConfigRecord(rows)
-    if folder:
-        _keep(cfg, folder, adapter, "adapter")
-        tables.history_frame().to_csv(folder / "history.csv", index=False)
-        tables.clients_frame().to_csv(folder / "clients.csv", index=False)
-        (folder / "provenance.json").write_text(json.dumps(provenance(cfg), indent=1), encoding="utf-8")
-        logger.warning("the adapter, its history and its rounds are in %s", folder)
+        rows = {"history": json.dumps(tables.history), "clients": json.dumps(tables.clients)}
+        context.state["adapter"], context.state["tables"] = to_record(adapter), ConfigRecord(rows)
+        if folder:
+            keep(adapter, "adapter")
+            tables.history_frame().to_csv(folder / "history.csv", index=False)
+            tables.clients_frame().to_csv(folder / "clients.csv", index=False)
+            (folder / "provenance.json").write_text(json.dumps(provenance(cfg), indent=1), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path | None) -> Iterator[None]:
+    """Hold the folder: two runs in one would write over each other's rounds."""
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RuntimeError(f"another run is at work in {folder}: end it, or name another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _evaluation(cfg: DictConfig) -> Callable[[models.Adapter], float] | None:
@@ -102,15 +118,17 @@ def federate(
 
     Raises:
         TimeoutError: fewer than ``federation.num_clients`` hospitals connect.
-        RuntimeError: no hospital of a round sent a usable adapter; with the first one's traceback.
-        ValueError: the folder holds a run with other settings.
+        RuntimeError: no hospital sent a usable adapter, in the first round or in two running; with the first one's
+            traceback.
+        ValueError: the folder holds a run with other settings, or ``federation.min_replies`` is more than are asked.
     """
-    cfg, strategy, plan = join(grid, cfg), aggregation.make_strategy(cfg), training.rounds(cfg)
+    strategy, plan = aggregation.make_strategy(cfg), training.rounds(cfg)
     before = checkpoints.latest(folder, cfg) if folder else None
     tables, done, names = Tables(), 0, {}
     if before:
         adapter, tables, done = _restore(before, strategy)
-        logger.warning("going on after round %d of %d from %s", done, len(plan), folder)
+        if progress:
+            print(f"going on after round {done} of {len(plan)} from {folder}", flush=True)
     elif evaluate:
         tables.history.append({"round": 0, "nll": evaluate(adapter)})
     with bar(plan[done:], progress == "bar") as shown:

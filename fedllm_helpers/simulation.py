@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -20,7 +21,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from omegaconf import DictConfig, OmegaConf
 
-from fedllm_helpers import client_app, server_app
+from fedllm_helpers import aggregation, client_app, server_app, training
 from fedllm_helpers.messages import from_record, quiet_flower
 from fedllm_helpers.models import Adapter
 from fedllm_helpers.provenance import provenance
@@ -60,7 +61,8 @@ def run(
         folder: where every finished round is kept; a folder with rounds of the same settings is gone on with. None
             keeps nothing.
         progress: whether to show a bar over rounds and clients.
-        actors: processes of Ray that train at the same time.
+        actors: processes of Ray that train at the same time; ``federation.threads`` times ``actors`` should be the
+            cores, or they stand in each other's way.
 
     Returns:
         Adapter, tables and provenance.
@@ -72,6 +74,7 @@ def run(
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: known are {', '.join(BACKENDS)}")
+    aggregation.make_strategy(cfg), training.rounds(cfg)
     client_app.own_cards(cfg, 0)  # more hospitals than cards, or no such specialty: said before anything starts
     given = {
         "config": OmegaConf.to_yaml(cfg),
@@ -97,12 +100,15 @@ class InProcessGrid(Grid):
     """A Flower Grid whose clients run here, one after the other, each when its reply is asked for.
 
     Every message goes through Flower's own serialisation both ways: what a client gets is a copy, as over a network.
+    What a client remembers in ``context.state`` lives as long as the grid, and is not part of a checkpoint.
 
     Args:
         app: the ClientApp, or anything called like one.
         num_clients: nodes; node k has ``partition-id`` k.
         run_config: what the clients find in ``context.run_config``.
     """
+
+    lazy = True  # takes messages one by one, so that there is one of them at a time
 
     def __init__(
         self, app: Callable[[Message, Context], Message], num_clients: int, run_config: dict[str, Any]
@@ -153,17 +159,17 @@ class InProcessGrid(Grid):
         return (self._deliver(message) for message in messages)
 
     def _deliver(self, message: Message) -> Message:
+        message.metadata.__dict__["_message_id"] = str(next(self.numbers))
         request = _over_the_wire(message)
-        request.metadata.__dict__["_message_id"] = str(next(self.numbers))
         node = request.metadata.dst_node_id
         names = {"partition-id": node - FIRST_CLIENT_NODE, "num-partitions": self.num_clients}
-        context = Context(self._run.run_id, node, names, self.states.pop(node, RecordDict()), self.run_config)
+        context = Context(self._run.run_id, node, names, self.states.get(node, RecordDict()), self.run_config)
         try:
             reply = self.app(request, context)
+            if context.state:
+                self.states[node] = context.state
         except Exception:  # as on any other grid: a client's failure is a reply, not the end of the run
             reply = Message(Error(CLIENT_RAISED, traceback.format_exc()), reply_to=request)
-        if context.state:
-            self.states[node] = context.state
         return _over_the_wire(reply)
 
 
@@ -186,8 +192,9 @@ def _run_on_ray(cfg: DictConfig, given: dict[str, Any], actors: int) -> Context:
         server_app.app(grid, context)
         kept.append(context)
 
+    gpu = 1 / actors if torch.cuda.is_available() else 0
     resources = {
-        "client_resources": {"num_cpus": 1, "num_gpus": 0},
+        "client_resources": {"num_cpus": 1, "num_gpus": gpu},
         "init_args": {"num_cpus": actors, "include_dashboard": False, "log_to_driver": False},
     }
     run_simulation(server, partial(_with_run_config, given), cfg.federation.num_clients, backend_config=resources)

@@ -9,33 +9,19 @@ from tqdm import tqdm
 
 from fedllm_helpers.training import Round
 
-HISTORY = [
-    "round",
-    "learning_rate",
-    "asked",
-    "used",
-    "examples",
-    "tokens",
-    "loss_before",
-    "loss_after",
-    "nll",
-    "client_nll",
-]
-HISTORY += ["bytes_down", "bytes_up", "client_seconds", "seconds"]
-CLIENTS = [
-    "round",
-    "client",
-    "status",
-    "bytes_down",
-    "bytes_up",
-    "cards",
-    "examples",
-    "tokens",
-    "loss_before",
-    "loss_after",
-    "seconds",
-]
-NUMBERS = ("num-examples", "examples", "tokens", "loss-before", "loss-after", "seconds")  # as a client sends them
+HISTORY = ["round", "learning_rate", "asked", "used", "examples", "tokens", "loss_before", "loss_after", "nll"]
+HISTORY += ["client_nll", "bytes_down", "bytes_up", "client_seconds", "seconds"]
+# what a client sends, and its column in the table of clients
+NUMBERS = {
+    "num-examples": "cards",
+    "examples": "examples",
+    "tokens": "tokens",
+    "loss-before": "loss_before",
+    "loss-after": "loss_after",
+    "train-seconds": "train_seconds",
+    "seconds": "seconds",
+}
+CLIENTS = ["round", "client", "status", "bytes_down", "bytes_up", *NUMBERS.values()]
 
 
 @dataclass(frozen=True)

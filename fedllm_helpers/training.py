@@ -90,7 +90,7 @@ def fine_tune(
 
     Raises:
         ValueError: the cards do not fit ``train.seq_length``.
-        FloatingPointError: the loss is no longer finite; the adapter is then as it was before.
+        FloatingPointError: the loss is no longer finite. Whatever ends a training, the adapter is as it was before.
     """
     rows = encode(cards, tokenizer, cfg.train.seq_length, cfg.dataset.prompt)
     collator = partial(collate, tokenizer=tokenizer, answer_logits_only=takes_logits_to_keep(model))
@@ -101,12 +101,12 @@ def fine_tune(
         start = time.perf_counter()
         try:
             trainer.train()
-        except FloatingPointError:
+        except BaseException:
             models.set_adapter(model, before)
             raise
         finally:
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # `bf16: true` would stay on to evaluate
-    model.eval()
+            model.eval()
     seconds = time.perf_counter() - start
     _release_memory()
     logged = [row for row in trainer.state.log_history if "loss" in row]
@@ -119,9 +119,14 @@ def rounds(cfg: DictConfig) -> list[Round]:
 
     Round t of T has lr_min + ½ (lr_max − lr_min)(1 + cos(π t / T)), with t from 0: SGDR's schedule without restarts
     (Loshchilov & Hutter 2017, arXiv:1608.03983). Taught in notebook 02.
+
+    Raises:
+        ValueError: ``federation.min_replies`` is more than a round asks.
     """
     low, high, total = cfg.train.learning_rate_min, cfg.train.learning_rate_max, cfg.federation.num_rounds
     clients = max(1, round(cfg.federation.fraction_train * cfg.federation.num_clients))
+    if cfg.federation.min_replies > clients:
+        raise ValueError(f"federation.min_replies={cfg.federation.min_replies}: a round asks {clients} hospitals")
     plan = []
     for number in range(1, total + 1):
         rate = low + 0.5 * (high - low) * (1 + math.cos(math.pi * (number - 1) / total))
@@ -137,7 +142,8 @@ def round_config(cfg: DictConfig, *seeds: int, **arguments: Any) -> DictConfig:
         seeds: such as round and hospital, mixed into ``cfg.seed``; none leaves it as it is.
         arguments: further training arguments, last.
     """
-    changes = {"train": {"training_arguments": {**cfg.federation.training_arguments, **arguments}}}
+    given = {"save_strategy": "no", **cfg.federation.training_arguments, **arguments}  # the server keeps adapters
+    changes = {"train": {"training_arguments": given}}
     if seeds:
         changes["seed"] = int(np.random.SeedSequence([cfg.seed, *seeds]).generate_state(1)[0])
     return OmegaConf.merge(cfg, changes)

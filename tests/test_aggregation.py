@@ -1,12 +1,13 @@
 """The mean against numpy and Flower, every strategy against Flower's own loop, and replies that cannot be used."""
 
 import logging
+import re
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from flwr.app import ArrayRecord, ConfigRecord
+from flwr.app import ArrayRecord, ConfigRecord, Error
 from flwr.serverapp import strategy as strategies
 
 from fedllm_helpers import aggregation, config, simulation, training
@@ -14,6 +15,7 @@ from fedllm_helpers.messages import from_record, to_record
 from fedllm_helpers.schema import STRATEGIES
 
 NEEDED = {
+    "MultiKrum": {"num_nodes_to_select": 3},
     "QFedAvg": {"client_learning_rate": 0.1, "train_loss_key": "loss-before"},
     "FedAvgM": {"server_momentum": 0.5},
 }
@@ -58,14 +60,28 @@ def test_every_strategy_gives_what_flowers_own_loop_gives(name):
         theirs = getattr(strategies, name)(**arguments, fraction_evaluate=0.0)
         result = theirs.start(grid, to_record(tiny.START), num_rounds=3, train_config=ConfigRecord({"lr": 1.0}))
     for key, value in from_record(result.arrays).items():
-        np.testing.assert_allclose(ours[key], value, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(ours[key], value, rtol=1e-5, atol=1e-6)
     assert not np.allclose(ours["b.A"], tiny.START["b.A"])
 
 
-def test_an_unknown_argument_of_a_strategy_is_one_line():
-    cfg = tiny.settings("federation.strategy=FedAdam", "federation.strategy_arguments.beta1=0.5")
-    with pytest.raises(ValueError, match="federation.strategy_arguments=.'beta1': 0.5. of FedAdam: .*beta1"):
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("beta1=0.5", "federation.strategy_arguments=.'beta1': 0.5. of FedAdam: .*beta1"),
+        ("eta=much", "federation.strategy_arguments.eta=much: allowed are numbers"),
+        ("fraction_train=0.5", "federation.strategy_arguments.fraction_train: this is the server app's"),
+        ("weighted_by_key=tokens", "federation.strategy_arguments.weighted_by_key: this is the server app's"),
+    ],
+)
+def test_a_wrong_argument_of_a_strategy_is_one_line(argument, expected):
+    cfg = tiny.settings("federation.strategy=FedAdam", f"federation.strategy_arguments.{argument}")
+    with pytest.raises(ValueError, match=expected):
         aggregation.make_strategy(cfg)
+
+
+def test_a_minimum_that_no_round_can_reach_is_refused():
+    with pytest.raises(ValueError, match="federation.min_replies=3: a round asks 2 hospitals"):
+        tiny.federate(tiny.settings("federation.fraction_train=0.5", "federation.min_replies=3"))
 
 
 def test_every_round_has_its_rate_and_asks_the_sampled_hospitals_in_order():
@@ -86,13 +102,30 @@ def test_every_round_has_its_rate_and_asks_the_sampled_hospitals_in_order():
 
 
 class Shuffled(simulation.InProcessGrid):
-    """Like Flower's own grids: node numbers at random, replies as a list in any order."""
+    """Like Flower's own grids: node numbers at random, messages gone through twice, replies as a list in any order."""
+
+    lazy = False
 
     def get_node_ids(self):
         return np.random.default_rng(5).permutation(list(super().get_node_ids())).tolist()
 
     def send_and_receive(self, messages, *, timeout=None):
-        return list(reversed(list(super().send_and_receive(messages, timeout=timeout))))
+        count = sum(1 for _ in messages)
+        replies = list(super().send_and_receive(messages, timeout=timeout))
+        assert len(replies) == count > 0
+        return replies[::-1]
+
+
+class WithAnOfflineNode(Shuffled):
+    """Hospital 1 is gone after the first round: Flower's server answers in its place, under its own number."""
+
+    def send_and_receive(self, messages, *, timeout=None):
+        replies, gone = super().send_and_receive(messages, timeout=timeout), simulation.FIRST_CLIENT_NODE + 1
+        for reply, message in zip(replies, list(messages)[::-1], strict=True):
+            if message.metadata.dst_node_id == gone and message.metadata.message_type == "train":
+                reply.metadata.__dict__["_src_node_id"] = simulation.SERVER_NODE
+                reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(5)
+        return replies
 
 
 @pytest.mark.parametrize("name", ["FedAvg", "FedAdam", "FedMedian"])
@@ -100,6 +133,33 @@ def test_the_order_of_nodes_and_replies_changes_no_bit(name):
     cfg = tiny.settings(f"federation.strategy={name}", "federation.fraction_train=0.8", hospitals=7)
     ours, theirs = tiny.federate(cfg)[0], tiny.federate(cfg, grid=Shuffled)[0]
     assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_node_that_goes_offline_is_named_and_left_out(caplog):
+    adapter, tables = tiny.federate(tiny.settings(rounds=1), grid=WithAnOfflineNode)
+    assert "hospital 1 is left out: it failed: an error without a reason (code 5)" in caplog.text
+    wanted = aggregation.weighted_mean([(tiny.update(tiny.START, h, 1), 10 * (h + 1)) for h in (0, 2, 3)])
+    assert all(np.array_equal(adapter[key], wanted[key]) for key in wanted)
+    assert tables.history_frame()["asked"].tolist() == [4]
+
+
+@pytest.mark.parametrize("name", ["FedAvgM", "Krum", "QFedAvg", "FedTrimmedAvg"])
+def test_clients_may_order_and_name_things_as_they_like(name):
+    def backwards(adapter, numbers):
+        return dict(reversed(adapter.items())), {**numbers, "favourite-colour": 3}
+
+    extra = ["federation.strategy_arguments.server_momentum=0.5"] if name == "FedAvgM" else []
+    cfg = tiny.settings(f"federation.strategy={name}", *extra, hospitals=5)
+    faults = {(number, hospital): backwards for number in (1, 2, 3) for hospital in (0, 2)}
+    ours, odd = tiny.federate(cfg)[0], tiny.federate(cfg, tiny.client(faults))[0]
+    assert list(ours) == list(odd) and all(np.array_equal(ours[key], odd[key]) for key in ours)
+
+
+def test_fedprox_sends_its_mu_to_the_hospitals():
+    seen = []
+    arguments = ["federation.strategy=FedProx", "federation.strategy_arguments.proximal_mu=0.25"]
+    tiny.federate(tiny.settings(*arguments, rounds=1), tiny.client(orders=seen))
+    assert [order["proximal-mu"] for order in seen] == [0.25] * 4
 
 
 def _with(key, value):
@@ -117,6 +177,11 @@ FAULTS = {
     "1 keys are missing or unknown, the first is 'c'": _with("c", np.zeros(1, np.float32)),
     "num-examples is 0": lambda adapter, numbers: (adapter, {**numbers, "num-examples": 0}),
     "num-examples is nan": lambda adapter, numbers: (adapter, {**numbers, "num-examples": float("nan")}),
+    "loss-before is nan, not a finite number": lambda adapter, numbers: (
+        adapter,
+        {**numbers, "loss-before": float("nan")},
+    ),
+    "num-examples is .3., not a number": lambda adapter, numbers: (adapter, {**numbers, "num-examples": [3]}),
     "num-examples is None": lambda adapter, numbers: (adapter, {"seconds": 1.0}),
     "it failed: OSError: the disk of this hospital is full": _raise,
     "it failed: TypeError: .*BFloat16": lambda adapter, numbers: (
@@ -124,6 +189,15 @@ FAULTS = {
         numbers,
     ),
 }
+
+
+@pytest.mark.parametrize("name", ["FedMedian", "Krum", "QFedAvg"])
+def test_no_strategy_sees_a_reply_that_cannot_be_used(name):
+    for fault in FAULTS.values():
+        cfg = tiny.settings(f"federation.strategy={name}", rounds=1, hospitals=5)
+        adapter, tables = tiny.federate(cfg, tiny.client({(1, 2): fault}))
+        assert all(np.isfinite(value).all() for value in adapter.values())
+        assert tables.history_frame()["used"].tolist() == [4]
 
 
 @pytest.mark.parametrize("expected", FAULTS)
@@ -135,8 +209,6 @@ def test_a_reply_that_cannot_be_used_is_named_and_left_out(expected, caplog):
     frame = tables.clients_frame().set_index("client")
     assert frame.loc[2, "status"] in caplog.text and frame["status"].drop(2).eq("used").all()
     assert tables.history_frame()["used"].tolist() == [3]
-    import re
-
     assert re.search(expected, frame.loc[2, "status"])
     others = [(tiny.update(tiny.START, h, 1), 10 * (h + 1)) for h in (0, 1, 3)]
     wanted = aggregation.weighted_mean(others)
@@ -144,8 +216,17 @@ def test_a_reply_that_cannot_be_used_is_named_and_left_out(expected, caplog):
 
 
 def test_a_round_without_any_usable_reply_ends_with_the_first_traceback():
+    faults = {(1, hospital): _raise for hospital in range(4)}
+    with pytest.raises(RuntimeError, match="(?s)round 1: none of 4 hospitals .*Traceback.*in _raise.*disk of this"):
+        tiny.federate(tiny.settings(), tiny.client(faults))
+
+
+def test_one_such_round_is_survived_and_two_running_are_not(caplog):
     faults = {(2, hospital): _raise for hospital in range(4)}
-    with pytest.raises(RuntimeError, match="(?s)round 2: none of 4 hospitals .*Traceback.*in _raise.*disk of this"):
+    _, tables = tiny.federate(tiny.settings(), tiny.client(faults))
+    assert tables.history_frame()["used"].tolist() == [4, 0, 4] and "the adapter stays as it was" in caplog.text
+    faults |= {(3, hospital): _raise for hospital in range(4)}
+    with pytest.raises(RuntimeError, match="round 3: none of 4 hospitals"):
         tiny.federate(tiny.settings(), tiny.client(faults))
 
 

@@ -29,7 +29,7 @@ def until(number):
     return evaluate
 
 
-@pytest.mark.parametrize("name", ["FedAvg", "FedAvgM", "FedAdam", "FedYogi", "FedMedian"])
+@pytest.mark.parametrize("name", ["FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "FedMedian"])
 def test_a_run_that_was_ended_goes_on_to_the_same_bits(tmp_path, name):
     extra = ["federation.strategy_arguments.server_momentum=0.9"] if name == "FedAvgM" else []
     cfg = tiny.settings(f"federation.strategy={name}", "federation.fraction_train=0.5", *extra, rounds=5)
@@ -73,12 +73,32 @@ def test_a_damaged_file_falls_back_to_the_round_before(tmp_path, caplog, damage)
     assert all(np.array_equal(wanted[key], adapter[key]) for key in adapter)
 
 
+def test_two_damaged_files_do_not_take_the_new_ones_with_them(tmp_path, caplog):
+    cfg = tiny.settings(rounds=4)
+    wanted, _ = tiny.federate(cfg, folder=tmp_path)
+    for path in tmp_path.glob("round-*"):
+        path.write_bytes(b"nothing")
+    with pytest.raises(Ended):
+        tiny.federate(cfg, evaluate=until(2), folder=tmp_path)
+    seen = []
+    adapter, _ = tiny.federate(cfg, tiny.client(seen=seen), folder=tmp_path)
+    assert {number for number, _, _ in seen} == {2, 3, 4}, "round 1 was kept beside the damaged files"
+    assert all(np.array_equal(wanted[key], adapter[key]) for key in adapter)
+
+
+def test_a_longer_timeout_may_go_on_with_a_run(tmp_path):
+    cfg, seen = tiny.settings(), []
+    tiny.federate(cfg, folder=tmp_path)
+    tiny.federate(config.load(cfg, "federation.timeout=99"), tiny.client(seen=seen), folder=tmp_path)
+    assert not seen
+
+
 def test_other_settings_are_named(tmp_path):
     cfg = tiny.settings()
     tiny.federate(cfg, folder=tmp_path)
     other = config.load(cfg, "seed=3", "train.learning_rate_max=0.01")
     with pytest.raises(
-        ValueError, match="seed .0 there, 3 here., train.learning_rate_max .0.002 there, 0.01 here."
+        ValueError, match="seed .0 there, 3 here., train.learning_rate_max .0.008 there, 0.01 here."
     ) as e:
         tiny.federate(other, folder=tmp_path)
     assert "\n" not in str(e.value) and "num_rounds" not in str(e.value)

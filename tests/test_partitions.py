@@ -53,6 +53,12 @@ def test_quantity_grows_with_the_number(hpo):
     assert sizes == [20, 40, 60, 80]
 
 
+def test_a_rare_specialty_cannot_be_shared(hpo):
+    rare = hpo.select([i for i, name in enumerate(hpo["specialty"]) if name != "ear"] + [hpo["specialty"].index("ear")])
+    with pytest.raises(ValueError, match="specialty cannot give each of 8 hospitals a card of 151"):
+        partitions.partition(rare, 8, "specialty")
+
+
 def test_held_out_cards_follow_the_training_cards(hpo):
     train, test = data.split(hpo, 0.2, 0)
     parts = partitions.partition(train, 4, "specialty")
@@ -68,6 +74,7 @@ def test_what_cannot_be_divided_is_one_line(hpo):
         ("iid", 201, "num_clients=201: there are only 200 cards"),
         ("dirichlet", 190, "dirichlet cannot give each of 190 hospitals"),
         ("quantity", 60, "quantity cannot give each of 60 hospitals"),
+        ("specialty", 4 * 60, "num_clients=240: there are only"),
         ("by name", 2, "allowed are iid, specialty, dirichlet, quantity"),
     ]:
         with pytest.raises(ValueError, match=expected) as error:

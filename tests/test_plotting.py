@@ -58,3 +58,21 @@ def test_arms_differ_in_colour_and_mark_and_style_stays_local():
     before = dict(matplotlib.rcParams)
     plotting.data_routes()
     assert dict(matplotlib.rcParams) == before
+
+
+def test_heat_maps_write_every_number_where_it_belongs():
+    table = pd.DataFrame([[1.0, 2.5], [4.0, 3.0]], index=["a", "b"], columns=["eye", "ear"])
+    figure = plotting.heat_maps({"one": table, "two": table * 2}, "cards", "t", digits=1)
+    first, second = figure.axes[:2]
+    assert [text.get_text() for text in first.texts] == ["1.0", "2.5", "4.0", "3.0"]
+    assert np.array_equal(second.images[0].get_array(), table * 2)
+    assert first.images[0].get_clim() == second.images[0].get_clim() == (1.0, 8.0), "one scale for all panels"
+    assert [text.get_text() for text in second.get_xticklabels()] == ["eye", "ear"]
+
+
+def test_by_round_draws_the_measure_and_its_references():
+    table = pd.DataFrame({"round": [0, 1, 2], "nll": [3.0, 2.6, 2.5]})
+    axes = plotting.by_round({"federated": table}, "nats", "t", {"pooled": 2.4}).axes[0]
+    curve, reference = axes.lines
+    assert list(curve.get_ydata()) == [3.0, 2.6, 2.5] and set(reference.get_ydata()) == {2.4}
+    assert curve.get_color() == plotting.ARMS["federated"][0] != reference.get_color()

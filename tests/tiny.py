@@ -16,8 +16,8 @@ def update(adapter, hospital, number):
     }
 
 
-def client(faults=None, seen=None):
-    """A ClientApp; ``faults`` maps (round, hospital) to what is done to its reply, ``seen`` collects the orders."""
+def client(faults=None, seen=None, orders=None):
+    """A ClientApp; ``faults`` maps (round, hospital) to what is done to its reply, ``seen`` and ``orders`` collect."""
 
     def app(message, context):
         hospital, hospitals = context.node_config["partition-id"], context.node_config["num-partitions"]
@@ -27,6 +27,8 @@ def client(faults=None, seen=None):
         number = message.content["config"]["server-round"]
         if seen is not None:
             seen.append((number, hospital, message.content["config"].get("lr")))
+        if orders is not None:
+            orders.append(dict(message.content["config"]))
         if message.metadata.message_type == "evaluate":
             numbers |= {"num-examples": hospital + 1, "nll": float(hospital)}
             return Message(RecordDict({"metrics": MetricRecord(numbers)}), reply_to=message)

@@ -1,0 +1,104 @@
+"""What a federation costs beside its clients' training: time, memory, and how both grow (``make bench``).
+
+Overhead is the wall time of a federated run over the sum of its clients' own times: of all that a client does for a
+message, and of its ``Trainer.train`` alone (the rest is the loss on a few cards before and after, the adapter in and out,
+and setting the Trainer up). Loading the model, once per process, is in the wall time. Memory is the proportional set size
+of the whole process tree, sampled twice a second. The clients of the last table have adapters of 16 numbers and do
+nothing with them: what is left is the server, the messages and their serialisation.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+
+HERE = Path(__file__).resolve()
+RUN = ["federation.num_clients=8", "federation.num_rounds=3", "federation.partition=iid", "federation.evaluate_every=0"]
+
+
+def in_process_or_ray(backend, *overrides):
+    """In a process of its own: wall seconds of ``simulation.run``, and of its clients' training."""
+    from fedllm_helpers import config, simulation
+
+    cfg = config.load("cpu", *RUN, *overrides)
+    start = time.perf_counter()
+    record = simulation.run(cfg, backend, progress=False)
+    figures = {"wall": time.perf_counter() - start, "clients": record.clients["seconds"].sum()}
+    figures |= {"training": record.clients["train_seconds"].sum(), "rounds": record.history["seconds"].tolist()}
+    print(json.dumps(figures))
+
+
+def many_clients(count):
+    """In a process of its own: seconds per client, and the growth of this process, for tiny adapters."""
+    sys.path.insert(0, str(HERE.parents[1]))
+    import tiny
+
+    tiny.federate(tiny.settings(hospitals=10, rounds=1))  # imports and first uses are not the server's growth
+    cfg, process = tiny.settings(hospitals=int(count), rounds=1), psutil.Process()
+    before, start, highest = process.memory_info().rss, time.perf_counter(), 0
+    app, calls = tiny.client(), 0
+
+    def watched(message, context):
+        nonlocal highest, calls
+        calls += 1
+        if calls % 50 == 0:
+            highest = max(highest, process.memory_info().rss)
+        return app(message, context)
+
+    tiny.federate(cfg, watched)
+    seconds, highest = time.perf_counter() - start, max(highest, process.memory_info().rss)
+    print(json.dumps({"per_client": seconds / int(count), "growth": highest - before}))
+
+
+def measured(*arguments):
+    """Run a function of this file in a new process: what it printed, and the peak memory of its process tree."""
+    process = subprocess.Popen([sys.executable, str(HERE), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    tree, peak = psutil.Process(process.pid), 0
+    while process.poll() is None:
+        total = 0
+        for member in [tree, *tree.children(recursive=True)]:
+            try:
+                total += member.memory_full_info().pss
+            except (psutil.Error, AttributeError):
+                continue
+        peak = max(peak, total)
+        time.sleep(0.5)
+    out, err = process.communicate()
+    if process.returncode:
+        raise SystemExit(err.decode()[-2000:])
+    return json.loads(out.decode().strip().splitlines()[-1]), peak
+
+
+def main():
+    """Print the three tables."""
+    heads = ("wall s", "clients s", "training s", "wall/clients", "wall/training", "peak GB")
+    print(f"{'8 clients, 3 rounds, 8 steps':34s}" + "".join(f"{head:>14s}" for head in heads))
+    cases = [
+        ("in process, all cores", "in-process", []),
+        ("in process, one thread", "in-process", ["federation.threads=1"]),
+    ]
+    if find_spec("ray"):
+        cases.append(("Ray, two actors, one thread each", "ray", ["federation.threads=1"]))
+    kept = {}
+    for name, backend, overrides in cases:
+        figures, peak = measured("run", backend, *overrides)
+        kept[name] = (figures["wall"], peak, sum(figures["rounds"][-2:]))
+        ratios = [figures["wall"] / figures[what] for what in ("clients", "training")]
+        seconds = "".join(f"{figures[what]:14.1f}" for what in ("wall", "clients", "training"))
+        print(f"{name:34s}{seconds}" + "".join(f"{ratio:14.3f}" for ratio in ratios) + f"{peak / 1e9:14.2f}")
+    if len(kept) == 3:
+        (wall, peak, late), (ray_wall, ray_peak, ray_late) = list(kept.values())[0], list(kept.values())[2]
+        whole, last, memory = ray_wall / wall, ray_late / late, ray_peak / peak
+        print(f"Ray over in process (all cores): wall {whole:.2f}, its last two rounds {last:.2f}, memory {memory:.2f}")
+    print(f"\n{'tiny adapters, clients':>24s}{'ms a client':>13s}{'growth of the server MB':>26s}")
+    for count in (10, 100, 1_000, 10_000):
+        figures, _ = measured("many", str(count))
+        print(f"{count:24,d}{figures['per_client'] * 1e3:13.2f}{figures['growth'] / 1e6:26.1f}")
+
+
+if __name__ == "__main__":
+    {"run": in_process_or_ray, "many": many_clients}[sys.argv[1]](*sys.argv[2:]) if len(sys.argv) > 1 else main()
