@@ -1,10 +1,10 @@
 """What a federation costs beside its clients' training: time, memory, and how both grow (``make bench``).
 
 Overhead is the wall time of a federated run over the sum of its clients' own times: of all that a client does for a
-message, and of its ``Trainer.train`` alone (the rest is the loss on a few cards before and after, the adapter in and out,
-and setting the Trainer up). Loading the model, once per process, is in the wall time. Memory is the proportional set size
-of the whole process tree, sampled twice a second. The clients of the last table have adapters of 16 numbers and do
-nothing with them: what is left is the server, the messages and their serialisation.
+message, and of its ``Trainer.train`` alone (the rest: the loss on a few cards before and after, the adapter in and
+out, setting the Trainer up). Loading the model, once per process, is in the wall time. Memory is the proportional set
+size of the whole process tree, sampled twice a second. The clients of the last table have adapters of 16 numbers and
+do nothing with them: what is left is the server, the messages and their serialisation.
 """
 
 import json
