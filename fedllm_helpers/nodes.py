@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -23,11 +23,11 @@ def join(grid: Grid, cfg: DictConfig) -> DictConfig:
         TimeoutError: no node is connected.
         RuntimeError: the node cannot say which hospital it is, or does not answer.
     """
-    replies = introductions(grid, cfg, _wait_for(grid, cfg, 1)[:1])
-    if not replies or replies[0][1].has_error():
-        said = reason(replies[0][1]) if replies else "no answer within federation.timeout"
+    reply = next((answer for _, answer in introductions(grid, cfg, _wait_for(grid, cfg, 1)[:1])), None)
+    if reply is None or reply.has_error():
+        said = reason(reply) if reply else "no answer within federation.timeout"
         raise RuntimeError(f"a node cannot say which hospital it is:\n{said}")
-    wanted, count = cfg.federation.num_clients, int(replies[0][1].content["metrics"]["num-partitions"])
+    wanted, count = cfg.federation.num_clients, int(reply.content["metrics"]["num-partitions"])
     if count != wanted:
         logger.warning("the nodes were started as %d hospitals, not %d: so many it is", count, wanted)
         cfg = config.load(cfg, f"federation.num_clients={count}")
@@ -53,9 +53,9 @@ def hospitals(grid: Grid, cfg: DictConfig, known: dict[int, int]) -> dict[int, i
     """
     nodes = _wait_for(grid, cfg, 1 if known else cfg.federation.num_clients)
     found, reasons = {known[node]: node for node in nodes if node in known}, []
-    new = [node for node in nodes if node not in known]
-    answered = introductions(grid, cfg, new)
-    for node, reply in answered:
+    new, answered = [node for node in nodes if node not in known], 0
+    for node, reply in introductions(grid, cfg, new):
+        answered += 1
         if reply.has_error():
             reasons.append(reason(reply))
             logger.warning("node %d does not take part: %s", node, reasons[-1].splitlines()[-1])
@@ -64,18 +64,18 @@ def hospitals(grid: Grid, cfg: DictConfig, known: dict[int, int]) -> dict[int, i
         if hospital in found and not known:
             raise RuntimeError(f"nodes {found[hospital]} and {node} are both hospital {hospital}")
         found[hospital] = node
-    if len(answered) < len(new):
-        logger.warning("%d nodes do not say which hospital they are, and do not take part", len(new) - len(answered))
+    if answered < len(new):
+        logger.warning("%d nodes do not say which hospital they are, and do not take part", len(new) - answered)
     if not found:
         raise RuntimeError("\n".join(["no node can say which hospital it is; the first:", *reasons[:1]]))
     return {node: hospital for hospital, node in found.items()}
 
 
-def introductions(grid: Grid, cfg: DictConfig, nodes: list[int]) -> list[tuple[int, Message]]:
-    """(node, answer) of the nodes that answer."""
+def introductions(grid: Grid, cfg: DictConfig, nodes: list[int]) -> Iterator[tuple[int, Message]]:
+    """(node, answer) of the nodes that answer, as they come."""
     requests = (Message(RecordDict(), dst_node_id=node, message_type="query") for node in nodes)
     replies, sent = send(grid, requests, cfg.federation.timeout) if nodes else ((), {})
-    return [(sender(reply, sent), reply) for reply in replies]
+    yield from ((sender(reply, sent), reply) for reply in replies)
 
 
 def send(grid: Grid, messages: Iterable[Message], timeout: float) -> tuple[Iterable[Message], dict[str, int]]:
