@@ -144,7 +144,7 @@ def heat_maps(
         size = (1.8 + 0.62 * widest * columns, 1.6 + rows * (0.9 + 0.3 * tallest))
         figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False, sharex=True)
         for axes, (name, table) in zip(panels.flat, tables.items(), strict=False):
-            image = axes.imshow(table, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+            image = axes.imshow(table, cmap=plt.get_cmap("cividis", 32), vmin=low, vmax=high, aspect="auto")
             for (y, x), value in np.ndenumerate(table.to_numpy()):
                 colour = "white" if value < (low + high) / 2 else "black"
                 axes.text(x, y, f"{value:.{digits}f}", ha="center", va="center", color=colour, fontsize=8)
