@@ -42,6 +42,12 @@ def test_badges_and_version_name_the_same_tag():
         assert tags <= {f"v{__version__}"}, path.name
 
 
+def test_the_version_is_written_twice_and_is_one():
+    assert (
+        PROJECT["version"] == __version__
+    )  # Flower reads it in pyproject.toml; the badges and the set-up cells name the package's
+
+
 def test_readme_lists_every_notebook():
     readme = (ROOT / "README.md").read_text()
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
