@@ -43,9 +43,7 @@ def test_badges_and_version_name_the_same_tag():
 
 
 def test_the_version_is_written_twice_and_is_one():
-    assert (
-        PROJECT["version"] == __version__
-    )  # Flower reads it in pyproject.toml; the badges and the set-up cells name the package's
+    assert PROJECT["version"] == __version__  # Flower reads the first, badges name the second
 
 
 def test_readme_lists_every_notebook():
