@@ -101,11 +101,12 @@ def choose(cards: Dataset, specialties: Iterable[str] | None, max_per_specialty:
     Raises:
         ValueError: a specialty that no card has; the line names those that exist.
     """
-    present = sorted(set(cards["specialty"]))
+    names = cards.with_format("numpy")["specialty"][:]
+    present = sorted(set(names.tolist()))
     missing = sorted(set(specialties or ()) - set(present))
     if missing:
         raise ValueError(f"no card of specialty {missing[0]!r}: present are {', '.join(present)}")
-    rng, names, keep = np.random.default_rng(seed), np.asarray(cards["specialty"]), []
+    rng, keep = np.random.default_rng(seed), []
     for specialty in sorted(specialties) if specialties else present:
         index = np.flatnonzero(names == specialty)
         if max_per_specialty is not None and len(index) > max_per_specialty:
@@ -131,11 +132,11 @@ def split(cards: Dataset, test_share: float, seed: int = 0) -> tuple[Dataset, Da
     frame = cards.to_pandas()
     frame["group"] = _groups(frame)
     rng = np.random.default_rng(seed)
-    test = np.zeros(len(frame), dtype=bool)
+    test, groups = np.zeros(len(frame), dtype=bool), frame.groupby("group").indices
     for _, part in frame.groupby("specialty", sort=True):
         wanted, taken = round(test_share * len(part)), 0
         for group in rng.permutation(part["group"].unique()):
-            members = frame.index[frame["group"] == group]
+            members = groups[group]
             if taken + len(members) <= wanted and not test[members].any():
                 test[members] = True
                 taken += len(members)

@@ -26,6 +26,11 @@ def flashcards() -> list[dict]:
     Returns:
         Rows of ``question``, ``answer``, ``specialty`` (the organ system) and ``card_id`` (the term's id).
     """
+    return [dict(row) for row in _flashcards()]
+
+
+@cache
+def _flashcards() -> list[dict]:
     terms = {term["id"]: term for term in _terms()[0]}
     parents = {key: [parent.split(" ")[0] for parent in term.get("is_a", [])] for key, term in terms.items()}
     systems = {key for key in terms if ORGAN_SYSTEMS in parents[key]}
