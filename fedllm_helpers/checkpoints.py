@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,10 @@ KEPT = 2  # the newest rounds: were one damaged, the one before it is there
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """State after a round: the adapter, what the strategy remembers, and the rows of the tables so far."""
+    """State after a round: the adapter, what strategy and clients remember, and the rows of the tables so far.
+
+    ``states`` has the bytes of what each client keeps for itself, by node, where the grid knows it.
+    """
 
     number: int
     adapter: Adapter
@@ -29,6 +32,7 @@ class Checkpoint:
     strategy_kinds: dict[str, list]
     history: list[dict[str, Any]]
     clients: list[tuple]
+    states: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def save(folder: Path, cfg: DictConfig, checkpoint: Checkpoint) -> Path:
@@ -48,6 +52,7 @@ def save(folder: Path, cfg: DictConfig, checkpoint: Checkpoint) -> Path:
     }
     tensors = {f"adapter/{key}": value for key, value in checkpoint.adapter.items()}
     tensors |= {f"strategy/{key}": value for key, value in checkpoint.strategy_arrays.items()}
+    tensors |= {f"state/{node}": value for node, value in checkpoint.states.items()}
     path = _path(folder, checkpoint.number)
     beside = path.with_suffix(".part")
     whole = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
@@ -77,10 +82,13 @@ def latest(folder: Path, cfg: DictConfig) -> Checkpoint | None:
             path.rename(path.with_suffix(".damaged"))
             continue
         _check_same(path, record["config"], OmegaConf.to_container(cfg))
-        strategy = {key.split("/", 1)[1]: value for key, value in arrays.items() if key.startswith("strategy/")}
+        strategy, states = (
+            {key.split("/", 1)[1]: value for key, value in arrays.items() if key.startswith(kind)}
+            for kind in ("strategy/", "state/")
+        )
         adapter = {key: arrays[f"adapter/{key}"] for key in record["keys"]}
-        clients = [tuple(row) for row in record["clients"]]
-        return Checkpoint(record["number"], adapter, strategy, record["strategy"], record["history"], clients)
+        clients, history = [tuple(row) for row in record["clients"]], record["history"]
+        return Checkpoint(record["number"], adapter, strategy, record["strategy"], history, clients, states)
     return None
 
 

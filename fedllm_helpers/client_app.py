@@ -10,10 +10,11 @@ from flwr.clientapp import ClientApp
 from omegaconf import DictConfig, OmegaConf
 
 from fedllm_helpers import data, models, partitions, training
+from fedllm_helpers.compression import client_mod
 from fedllm_helpers.evaluation import score_answers
 from fedllm_helpers.messages import base_model, cpu_threads, from_record, settings, to_record
 
-app = ClientApp()
+app = ClientApp(mods=[client_mod])
 
 
 @app.query()

@@ -90,11 +90,11 @@ def cpu_threads(cfg: DictConfig) -> Iterator[None]:
     """Compute with ``federation.threads`` threads, and afterwards with as many as before.
 
     The sums of a matrix product depend on how many threads share it, and a Ray actor has other defaults than a
-    notebook: only a number set here makes their adapters agree to the last bit.
+    notebook: only a number set here makes their adapters agree to the last bit. Without one torch's own number stays:
+    all cores, or what ``OMP_NUM_THREADS`` says.
     """
     before = torch.get_num_threads()
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(cfg.federation.threads or available)
+    torch.set_num_threads(cfg.federation.threads or before)
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from fedllm_helpers import aggregation
+from fedllm_helpers.compression import decompress, request_arrays
 from fedllm_helpers.messages import message_bytes, to_record
 from fedllm_helpers.models import Adapter
 from fedllm_helpers.nodes import reason, send, sender
@@ -51,8 +52,8 @@ def run_round(
     """
     nodes, first, errors = {hospital: node for node, hospital in names.items()}, len(tables.clients), []
     asked = sample(cfg, step, nodes)
-    request = _request(strategy, step, adapter, nodes[asked[0]])
-    usable = _screened(_answers(grid, cfg, request, asked, names), adapter, step, request, tables, errors, shown)
+    request = _request(cfg, strategy, step, adapter, nodes[asked[0]])
+    usable = _screened(cfg, _answers(grid, cfg, request, asked, names), adapter, step, request, tables, errors, shown)
     combined = aggregation.combine(strategy, step.number, usable, cfg.federation.min_replies)
     if combined is not None and not all(np.isfinite(value).all() for value in combined.values()):
         raise RuntimeError(f"round {step.number}: {cfg.federation.strategy} made finite adapters into one that is not")
@@ -79,12 +80,14 @@ def _answers(
     return sorted(answers, key=lambda answer: -1 if answer[0] is None else answer[0])
 
 
-def _request(strategy: Strategy, step: Round, adapter: Adapter, node: int) -> Message:
+def _request(cfg: DictConfig, strategy: Strategy, step: Round, adapter: Adapter, node: int) -> Message:
     """What the strategy would send: the content is the same for all. Strategies sample for themselves: from one."""
     view = SimpleNamespace(get_node_ids=lambda: [node])
     (request,) = strategy.configure_train(
         step.number, to_record(adapter), ConfigRecord({"lr": step.learning_rate}), view
     )
+    (name,) = request.content.array_records
+    request.content[name] = request_arrays(cfg, adapter)
     return request
 
 
@@ -102,6 +105,7 @@ def _say_what_is_missing(cfg: DictConfig, row: dict[str, Any], errors: list[str]
 
 
 def _screened(
+    cfg: DictConfig,
     answers: Iterable[tuple[int | None, Message]],
     adapter: Adapter,
     step: Round,
@@ -116,10 +120,10 @@ def _screened(
         if hospital is None:
             logger.warning("round %d: a reply of an unknown node is left out", step.number)
             continue
-        why = aggregation.fault(reply, adapter)
+        up, why = message_bytes(reply), decompress(cfg, reply, adapter) or aggregation.fault(reply, adapter)
         numbers = {} if reply.has_error() else next(iter(reply.content.metric_records.values()), {})
         figures = {name: _number(numbers.get(name)) for name in NUMBERS}
-        tables.clients.append((step.number, hospital, why or "used", down, message_bytes(reply), *figures.values()))
+        tables.clients.append((step.number, hospital, why or "used", down, up, *figures.values()))
         shown.set_description(f"round {step.number}", refresh=False)
         shown.set_postfix_str(f"loss {figures['loss-after']:.2f}", refresh=False)
         shown.update()
@@ -159,7 +163,9 @@ def _evaluate_at_clients(
     """Put into the row: nats per answer token on sampled hospitals' own held-out cards, weighted by cards."""
     size = max(1, round(cfg.federation.fraction_evaluate * len(nodes)))
     asked = sample(cfg, Round(step.number, 0.0, size, False), nodes)
-    content = RecordDict({"arrays": to_record(adapter), "config": ConfigRecord({"server-round": step.number})})
+    content = RecordDict(
+        {"arrays": request_arrays(cfg, adapter), "config": ConfigRecord({"server-round": step.number})}
+    )
     requests = [Message(content, nodes[hospital], "evaluate") for hospital in asked]
     scored = []
     for reply in send(grid, requests, cfg.federation.timeout)[0]:

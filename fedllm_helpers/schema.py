@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PARTITIONS = ("iid", "specialty", "dirichlet", "quantity")
+NUMBER_FORMATS = ("fp32", "fp16", "int8", "int4")
 STRATEGIES = (  # of flwr.serverapp.strategy, those that combine adapters
     "FedAvg", "FedAvgM", "FedProx", "FedAdagrad", "FedAdam", "FedYogi",
     "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan", "QFedAvg",
@@ -74,6 +75,16 @@ class Train:
 
 
 @dataclass
+class Compression:
+    """How adapters are made smaller for the way; see :mod:`fedllm_helpers.compression`."""
+
+    up: str = _setting("fp32", "number format of the updates that hospitals send", choices=NUMBER_FORMATS)
+    down: str = _setting("fp32", "number format of the adapter that the server sends", choices=NUMBER_FORMATS)
+    keep: float = _setting(1.0, "share of an update that is sent, its largest values", low=1e-6, high=1)
+    error_feedback: bool = _setting(True, "what an update lost is added to the hospital's next one")
+
+
+@dataclass
 class Federation:
     """Which hospitals train together, on what, for how long, and how their adapters are combined."""
 
@@ -92,7 +103,8 @@ class Federation:
     training_arguments: dict[str, Any] = _setting(dict, "in place of train.training_arguments, within a round")
     evaluate_every: int = _setting(1, "rounds between two evaluations on the server; 0 for none", low=0)
     evaluate_cards: int | None = _setting(48, "held-out cards for them; null for all", low=2)
-    threads: int | None = _setting(None, "CPU threads of a hospital; null for all cores", low=1)
+    threads: int | None = _setting(None, "CPU threads of a hospital; null for as many as the process has", low=1)
+    compression: Compression = field(default_factory=Compression)
 
 
 @dataclass

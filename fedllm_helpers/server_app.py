@@ -126,7 +126,7 @@ def federate(
     before = checkpoints.latest(folder, cfg) if folder else None
     tables, done, names = Tables(), 0, {}
     if before:
-        adapter, tables, done = _restore(before, strategy)
+        adapter, tables, done = _restore(before, strategy, grid)
         if progress:
             print(f"going on after round {done} of {len(plan)} from {folder}", flush=True)
     elif evaluate:
@@ -140,11 +140,13 @@ def federate(
             tables.history.append({**row, "seconds": time.perf_counter() - start})
             if progress == "lines":
                 print(report(tables.history[-1], len(plan)), flush=True)
-            _save(folder, cfg, step, adapter, strategy, tables, keep)
+            _save(folder, cfg, step, adapter, strategy, grid, tables, keep)
     return adapter, tables
 
 
-def _restore(before: checkpoints.Checkpoint, strategy: Strategy) -> tuple[models.Adapter, Tables, int]:
+def _restore(before: checkpoints.Checkpoint, strategy: Strategy, grid: Grid) -> tuple[models.Adapter, Tables, int]:
+    if before.states and hasattr(grid, "remember"):
+        grid.remember(before.states)
     aggregation.restore_strategy(strategy, before.strategy_arrays, before.strategy_kinds)
     return before.adapter, Tables(before.history, before.clients), before.number
 
@@ -155,6 +157,7 @@ def _save(
     step: training.Round,
     adapter: models.Adapter,
     strategy: Strategy,
+    grid: Grid,
     tables: Tables,
     keep: Callable[[models.Adapter, str], None] | None,
 ) -> None:
@@ -162,7 +165,8 @@ def _save(
         keep(adapter, f"adapters/round-{step.number:06d}")
     if folder:
         arrays, kinds = aggregation.strategy_state(strategy)
-        state = checkpoints.Checkpoint(step.number, adapter, arrays, kinds, tables.history, tables.clients)
+        states = grid.remembered() if hasattr(grid, "remembered") else {}
+        state = checkpoints.Checkpoint(step.number, adapter, arrays, kinds, tables.history, tables.clients, states)
         checkpoints.save(folder, cfg, state)
 
 

@@ -10,12 +10,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.common.serde import message_from_proto, message_to_proto, recorddict_from_proto, recorddict_to_proto
 from flwr.proto.message_pb2 import Message as MessageProto
+from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -59,7 +61,7 @@ def run(
         backend: ``"in-process"``: clients one after the other, one copy of the model. ``"ray"``: in several processes
             (extra ``sim``). With the same ``federation.threads`` the adapters are the same to the last bit.
         folder: where every finished round is kept; a folder with rounds of the same settings is gone on with. None
-            keeps nothing.
+            keeps nothing. What hospitals remember (error feedback) is kept in process; on Ray it ends with the run.
         progress: whether to show a bar over rounds and clients.
         actors: processes of Ray that train at the same time; ``federation.threads`` times ``actors`` should be the
             cores, or they stand in each other's way.
@@ -100,7 +102,7 @@ class InProcessGrid(Grid):
     """A Flower Grid whose clients run here, one after the other, each when its reply is asked for.
 
     Every message goes through Flower's own serialisation both ways: what a client gets is a copy, as over a network.
-    What a client remembers in ``context.state`` lives as long as the grid, and is not part of a checkpoint.
+    What a client remembers in ``context.state`` lives as long as the grid, and is part of a checkpoint.
 
     Args:
         app: the ClientApp, or anything called like one.
@@ -157,6 +159,16 @@ class InProcessGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """The replies, each computed when it is asked for; a client here cannot be timed out."""
         return (self._deliver(message) for message in messages)
+
+    def remembered(self) -> dict[str, np.ndarray]:
+        """What clients remember, as bytes by node."""
+        whole = {str(node): recorddict_to_proto(state).SerializeToString() for node, state in self.states.items()}
+        return {node: np.frombuffer(state, np.uint8) for node, state in whole.items()}
+
+    def remember(self, states: dict[str, np.ndarray]) -> None:
+        """The inverse of :meth:`remembered`, for a run that goes on."""
+        read = {int(node): RecordDictProto.FromString(state.tobytes()) for node, state in states.items()}
+        self.states = {node: recorddict_from_proto(state) for node, state in read.items()}
 
     def _deliver(self, message: Message) -> Message:
         message.metadata.__dict__["_message_id"] = str(next(self.numbers))

@@ -1,0 +1,108 @@
+"""The arms of the experiments: how each trains its adapter, and how it is scored. Finished arms are read back."""
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset
+from omegaconf import DictConfig, OmegaConf
+
+from fedllm_helpers import client_app, config, data, models, multiple_choice, simulation, training
+from fedllm_helpers.evaluation import AnswerScores, score_answers
+from fedllm_helpers.messages import base_model, first_adapter
+from fedllm_helpers.provenance import provenance
+
+KEPT = Path("build") / "experiments"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an arm reached: nats per card, right picks (empty where not asked), bytes over all rounds, seconds."""
+
+    scores: AnswerScores
+    right: np.ndarray
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+
+
+def train_arm(cfg: DictConfig, arm: str, rate: float) -> tuple[models.Adapter, pd.DataFrame]:
+    """The adapter of an arm, and the history of its rounds, empty where it has none.
+
+    *Same work*: an arm takes as many steps, of the same batch, as each hospital does in the federation.
+    *Same examples*: it sees as many cards as all hospitals together, in batches twice as large.
+
+    Args:
+        cfg: of the federation.
+        arm: ``untuned``; ``federated/`` and a partition; or ``same work/`` or ``same examples/`` and ``pooled``,
+            ``tenth`` (a tenth of the pooled cards) or ``one hospital/`` and its number.
+        rate: largest learning rate; it falls along a cosine, in a federation over the rounds.
+    """
+    kind, *rest = arm.split("/")
+    adapter, history = first_adapter(cfg), pd.DataFrame({"bytes_up": [], "bytes_down": []})
+    if kind == "federated":
+        rates = [f"train.learning_rate_max={rate}", f"train.learning_rate_min={rate / 10}"]
+        federated = config.load(cfg, f"federation.partition={rest[0]}", "federation.evaluate_every=0", *rates)
+        record = simulation.run(federated, progress=False)
+        return record.adapter, record.history
+    if kind != "untuned":
+        how = cfg.federation
+        steps, batch = (
+            how.training_arguments.max_steps * how.num_rounds,
+            how.training_arguments.per_device_train_batch_size,
+        )
+        if kind == "same examples":
+            steps, batch = steps * how.num_clients // 2, batch * 2
+        local = training.round_config(
+            cfg, max_steps=steps, per_device_train_batch_size=batch, lr_scheduler_type="cosine"
+        )
+        model, tokenizer = base_model(cfg)
+        models.set_adapter(model, adapter)
+        training.fine_tune(model, tokenizer, _cards(cfg, rest), local, learning_rate=rate, progress=False)
+        adapter = models.get_adapter(model)
+    return adapter, history
+
+
+def _cards(cfg: DictConfig, owner: list[str]) -> Dataset:
+    train = data.load(cfg)[0]
+    if owner[0] == "one hospital":
+        return client_app.own_cards(cfg, int(owner[1]))[0]
+    tenth = len(train) // 10 // len(set(train["specialty"]))
+    return data.choose(train, None, tenth, cfg.seed) if owner[0] == "tenth" else train
+
+
+def score_arm(cfg: DictConfig, arm: str, rate: float, choices: bool = False) -> Result:
+    """Train an arm and score it on the held-out cards of its configuration; results of an earlier call are read back.
+
+    Args:
+        cfg, arm, rate: of :func:`train_arm`.
+        choices: whether to ask a four-way question about each held-out card, too.
+    """
+    train, test = data.load(cfg)
+    cards = [part.to_list() for part in (train, test)]
+    key = json.dumps([OmegaConf.to_yaml(cfg), arm, rate, choices, cards, provenance(cfg)["versions"]])
+    path = KEPT / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    if path.is_file():
+        kept = np.load(path, allow_pickle=False)
+        numbers = (int(kept["bytes_up"]), int(kept["bytes_down"]), float(kept["seconds"]))
+        return Result(AnswerScores(kept["nll"], kept["tokens"]), kept["right"], *numbers)
+    start = time.perf_counter()
+    (adapter, history), (model, tokenizer) = train_arm(cfg, arm, rate), base_model(cfg)
+    seconds = time.perf_counter() - start
+    models.set_adapter(model, adapter)
+    scores = score_answers(model, tokenizer, test, prompt=cfg.dataset.prompt, seq_length=cfg.train.seq_length)
+    right = np.zeros(0, dtype=bool)
+    if choices:
+        questions = multiple_choice.from_cards(test, pool=test, seed=cfg.seed)
+        right = multiple_choice.choose(model, tokenizer, questions, prompt=cfg.dataset.prompt)
+    numbers = (int(history["bytes_up"].sum()), int(history["bytes_down"].sum()), seconds)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part.npz")
+    named = dict(zip(("bytes_up", "bytes_down", "seconds"), numbers, strict=True))
+    np.savez(beside, nll=scores.nll, tokens=scores.tokens, right=right, **named)
+    beside.replace(path)
+    return Result(scores, right, *numbers)
