@@ -8,7 +8,7 @@ run: .venv/ready
 	@$(BIN)/python notebooks/run.py
 
 test: .venv/ready
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lab: .venv/ready
 	@$(BIN)/jupyter lab notebooks

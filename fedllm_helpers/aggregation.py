@@ -79,7 +79,7 @@ def fault(reply: Message, adapter: Adapter) -> str | None:
         return f"its loss-before is {loss}, not a finite number"
     try:
         sent = from_record(given)
-    except (TypeError, ValueError, EOFError) as error:
+    except ValueError as error:
         return f"its arrays cannot be read: {error}"
     different = difference(sent, {key: value.shape for key, value in adapter.items()})
     if different:
@@ -113,6 +113,11 @@ def make_strategy(cfg: DictConfig) -> Strategy:
     everyone = {"fraction_train": 1.0, "fraction_evaluate": 1.0}
     fewest = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
     name, given = cfg.federation.strategy, OmegaConf.to_container(cfg.federation.strategy_arguments)
+    if cfg.federation.compression.keep < 1 and name not in AVERAGING:
+        raise ValueError(
+            f"federation.compression.keep={cfg.federation.compression.keep} with {name}: it compares replies number by "
+            f"number, and few were sent by several; allowed are 1, or one of {', '.join(AVERAGING)}"
+        )
     if name == "QFedAvg":  # it weights by the loss of the adapter that was sent out
         given = {"train_loss_key": "loss-before", "client_learning_rate": cfg.train.learning_rate_max} | given
     for key, value in given.items():

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,15 +83,10 @@ def score_arm(cfg: DictConfig, arm: str, rate: float, choices: bool = False) -> 
         cfg, arm, rate: of :func:`train_arm`.
         choices: whether to ask a four-way question about each held-out card, too.
     """
-    train, test = data.load(cfg)
-    cards = [part.to_list() for part in (train, test)]
-    key = json.dumps([OmegaConf.to_yaml(cfg), arm, rate, choices, cards, provenance(cfg)["versions"]])
-    path = KEPT / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-    if path.is_file():
-        kept = np.load(path, allow_pickle=False)
-        numbers = (int(kept["bytes_up"]), int(kept["bytes_down"]), float(kept["seconds"]))
-        return Result(AnswerScores(kept["nll"], kept["tokens"]), kept["right"], *numbers)
-    start = time.perf_counter()
+    before = finished(cfg, arm, rate, choices)
+    if before:
+        return before
+    test, start = data.load(cfg)[1], time.perf_counter()
     (adapter, history), (model, tokenizer) = train_arm(cfg, arm, rate), base_model(cfg)
     seconds = time.perf_counter() - start
     models.set_adapter(model, adapter)
@@ -99,10 +95,26 @@ def score_arm(cfg: DictConfig, arm: str, rate: float, choices: bool = False) -> 
     if choices:
         questions = multiple_choice.from_cards(test, pool=test, seed=cfg.seed)
         right = multiple_choice.choose(model, tokenizer, questions, prompt=cfg.dataset.prompt)
-    numbers = (int(history["bytes_up"].sum()), int(history["bytes_down"].sum()), seconds)
+    numbers = {"bytes_up": history["bytes_up"].sum(), "bytes_down": history["bytes_down"].sum(), "seconds": seconds}
+    path = _path(cfg, arm, rate, choices)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part.npz")
-    named = dict(zip(("bytes_up", "bytes_down", "seconds"), numbers, strict=True))
-    np.savez(beside, nll=scores.nll, tokens=scores.tokens, right=right, **named)
+    beside = path.with_suffix(f".{os.getpid()}.part.npz")
+    np.savez(beside, nll=scores.nll, tokens=scores.tokens, right=right, **numbers)
     beside.replace(path)
-    return Result(scores, right, *numbers)
+    return finished(cfg, arm, rate, choices)
+
+
+def finished(cfg: DictConfig, arm: str, rate: float, choices: bool = False) -> Result | None:
+    """The result that an earlier :func:`score_arm` left, with the same cards and versions; None where there is none."""
+    path = _path(cfg, arm, rate, choices)
+    if not path.is_file():
+        return None
+    kept = np.load(path, allow_pickle=False)
+    numbers = (int(kept["bytes_up"]), int(kept["bytes_down"]), float(kept["seconds"]))
+    return Result(AnswerScores(kept["nll"], kept["tokens"]), kept["right"], *numbers)
+
+
+def _path(cfg: DictConfig, arm: str, rate: float, choices: bool) -> Path:
+    cards = [part.to_list() for part in data.load(cfg)]
+    key = json.dumps([OmegaConf.to_yaml(cfg), arm, rate, choices, cards, provenance(cfg)["versions"]])
+    return KEPT / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"

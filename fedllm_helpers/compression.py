@@ -1,7 +1,7 @@
 """Fewer bytes per message: number formats, largest values only, and error feedback, as a Flower client mod.
 
 What goes up is the update, the trained adapter minus the one received; what goes down is the adapter. Both become a
-few flat arrays, because each array of a Flower message costs about 170 bytes of its own.
+few flat arrays, because each array of an adapter costs about 230 bytes of its own in a Flower message.
 """
 
 import zlib
@@ -11,10 +11,11 @@ import numpy as np
 from flwr.app import ArrayRecord, Context, Message
 from omegaconf import DictConfig
 
+from fedllm_helpers.communication import BITS
 from fedllm_helpers.messages import first_adapter, from_record, settings, to_record
 from fedllm_helpers.models import Adapter
 
-BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
+KINDS = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8, "int4": np.uint8}  # of ``values``
 RESIDUAL = "residual"  # what a client has not sent yet, in its own ``context.state``
 
 
@@ -75,6 +76,12 @@ def decode(encoded: Adapter, like: Adapter, number_format: str = "fp32", keep: f
     names = {"values"} | ({"mask"} if keep < 1 else set()) | ({"scales", "unit"} if levels else set())
     if encoded.keys() != names:
         raise ValueError(f"expected the arrays {', '.join(sorted(names))}, there are {', '.join(sorted(encoded))}")
+    kinds = {"values": KINDS[number_format], "scales": np.float16, "unit": np.float32, "mask": np.uint8}
+    odd = next((name for name in names if encoded[name].ndim != 1 or encoded[name].dtype != kinds[name]), None)
+    if odd:  # other shapes would multiply to anything
+        raise ValueError(
+            f"{odd!r} is {encoded[odd].dtype} of shape {encoded[odd].shape}, not flat {kinds[odd].__name__}"
+        )
     chosen = np.ones(len(rows), dtype=bool) if keep >= 1 else _unmask(encoded["mask"], len(rows))
     values, count = encoded["values"], int(chosen.sum())
     if number_format == "int4":
@@ -109,17 +116,24 @@ def decompress(cfg: DictConfig, reply: Message, adapter: Adapter) -> str | None:
     try:
         (name,) = records
         update = decode(from_record(records[name]), adapter, how.up, how.keep)
-    except (TypeError, ValueError, EOFError, zlib.error) as error:
+    except (TypeError, ValueError, zlib.error) as error:
         return f"its update cannot be decoded: {error}"
     reply.content[name] = to_record({key: value + update[key] for key, value in adapter.items()})
     return None
+
+
+def remembers(cfg: DictConfig) -> bool:
+    """Whether clients keep something from one round to the next."""
+    how = cfg.federation.compression
+    return how.error_feedback and (how.up != "fp32" or how.keep < 1)
 
 
 def client_mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
     """Flower client mod: decodes what comes down, encodes the update that goes up, as ``federation.compression`` says.
 
     With ``error_feedback`` what an update lost is kept in the client's state and added to its next one (Seide et al.
-    2014; Stich et al. 2018, arXiv:1809.07599), so that it is late and not lost.
+    2014; Stich et al. 2018, arXiv:1809.07599), so that it is late and not lost. What the server leaves out, because
+    the reply was faulty or too late, is lost, as without compression; and so is what is left after the last round.
     """
     cfg = settings(context)
     how = cfg.federation.compression

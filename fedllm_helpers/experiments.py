@@ -1,25 +1,24 @@
 """The grids behind ``notebooks/results``: what takes too long for a notebook, with its provenance beside it.
 
 ``python -m fedllm_helpers.experiments federated`` compares the arms of notebook 03 over several seeds. Each kind of arm
-has its own learning rate, chosen on cards of the training part, never on test cards: one for federations, and in each
-comparison one for pooled data and one for a lone hospital. ``… analysis`` takes those rates and scores the arms of
-notebook 07: the headline, other partitions and schedules, and compressed messages. ``--quick`` is a small grid of two
-minutes. What is done is not done again: each arm leaves its scores in ``build/experiments``, and the tables are
-written after each one.
+has its own learning rate, chosen on training cards of seed 0 (some are test cards of other seeds): one for federations,
+and in each comparison one for pooled data and one for a lone hospital. ``… analysis`` takes those rates and scores the
+arms of notebook 07: the headline, other partitions and schedules, and compressed messages. ``--quick`` is a small grid
+of two minutes. What is done is not done again: each arm leaves its scores in ``build/experiments``, and tables are
+written there after each one. Those scores are read back for the same settings, cards and versions of packages: after a
+change of code, empty that folder.
 """
 
 import argparse
 import itertools
 import json
-import logging
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -27,10 +26,10 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from fedllm_helpers import config, data
-from fedllm_helpers.arms import KEPT, Result, score_arm
+from fedllm_helpers.arms import KEPT, Result, finished, score_arm
 from fedllm_helpers.provenance import provenance
+from fedllm_helpers.results import publish, write
 
-logger = logging.getLogger(__name__)
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 HOSPITALS = 6
 SPECIALTY = "federated/specialty"
@@ -49,21 +48,20 @@ ANALYSIS = HEADLINE | {
     "top 10 % int4": (SPECIALTY, "federation.compression.up=int4 federation.compression.keep=0.1"),
     "top 1 % int8": (SPECIALTY, "federation.compression.up=int8 federation.compression.keep=0.01"),
     "int4, no feedback": (SPECIALTY, "federation.compression.up=int4 federation.compression.error_feedback=false"),
-    "top 10 %": (SPECIALTY, "federation.compression.keep=0.1"),
+    "int4 up, int8 down": (SPECIALTY, "federation.compression.up=int4 federation.compression.down=int8"),
+    "8 rounds of 4 steps": (SPECIALTY, "federation.num_rounds=8 federation.training_arguments.max_steps=4"),
+    "half of the hospitals": (SPECIALTY, "federation.num_rounds=8 federation.fraction_train=0.5"),
+    "dirichlet": ("federated/dirichlet", ""),
     "top 10 % int4, no feedback": (
         SPECIALTY,
         "federation.compression.up=int4 federation.compression.keep=0.1 federation.compression.error_feedback=false",
     ),
-    "int4 up, int8 down": (SPECIALTY, "federation.compression.up=int4 federation.compression.down=int8"),
-    "dirichlet": ("federated/dirichlet", ""),
-    "8 rounds of 4 steps": (SPECIALTY, "federation.num_rounds=8 federation.training_arguments.max_steps=4"),
-    "half of the hospitals": (SPECIALTY, "federation.num_rounds=8 federation.fraction_train=0.5"),
+    "top 10 %": (SPECIALTY, "federation.compression.keep=0.1"),
     "fp16": (SPECIALTY, "federation.compression.up=fp16 federation.compression.down=fp16"),
     "iid": ("federated/iid", ""),
 }
 QUICK = ("federated", "untuned", "pooled 100 %", "pooled 10 %", "one hospital, first", "int4")
 SMALL = ["dataset.max_cards_per_specialty=30", "federation.num_rounds=2", "federation.training_arguments.max_steps=2"]
-RESULTS = ["arm", "seed", "learning_rate", "nll", "cards", "choice", "bytes_up", "bytes_down", "seconds"]
 
 
 def arms(hospitals: int = HOSPITALS) -> list[str]:
@@ -132,91 +130,42 @@ def _kind(arm: str) -> str:
     return "/".join(arm.split("/")[:2])
 
 
-def analysis(seeds: list[int], folder: Path, processes: int, quick: bool = False) -> None:
-    """Score the arms of notebook 07; after each, write one row per arm and seed, and one per seed and test card.
+def analysis(seeds: list[int], folder: Path, processes: int, names: list[str], quick: bool = False) -> None:
+    """Score the arms of notebook 07; after each, write the tables into ``build/experiments``, and all at the end.
 
-    The rates are those that the federated grid chose. A tenth of the pooled cards takes the rate of a lone hospital:
-    about as many cards, seen about as often. The two lone hospitals of a seed are others in each of three seeds.
+    The rates are those that the federated grid chose. A tenth of the pooled cards takes the rate of a lone hospital,
+    whose cards are few, too. The two lone hospitals of a seed are others in each of three seeds.
+
+    Args:
+        seeds: of split, start and order.
+        folder: of the results; it holds ``federated.json``. Its tables are replaced by tables with no row less.
+        processes: that train at the same time.
+        names: of :data:`ANALYSIS`, those to run; finished ones of the others are in the tables, too.
+        quick: few cards and rounds; the tables stay in ``build/experiments``.
     """
     start, chosen = time.perf_counter(), json.loads((folder / "federated.json").read_text(encoding="utf-8"))
     cfg, rates = config.load("cpu", "federation.threads=1", *(SMALL if quick else [])), chosen["learning_rates"]
     rates["same examples/tenth"], rates["federated/dirichlet"] = rates["same examples/one hospital"], rates[SPECIALTY]
-    jobs, used = {}, {}
-    for (name, (arm, changes)), seed in itertools.product(ANALYSIS.items(), seeds):
-        if quick and name not in QUICK:
-            continue
+    jobs, done, used, order = {}, {}, {}, list(itertools.product(ANALYSIS, seeds))
+    for name, seed in order:
+        arm, changes = ANALYSIS[name]
         used[name, seed] = rates[_kind(arm)]
         if arm.endswith("one hospital"):
             arm += f"/{(2 * seed + name.endswith('second')) % HOSPITALS}"
-        settings = config.load(cfg, f"seed={seed}", *changes.split())
-        jobs[name, seed] = partial(score_arm, settings, arm, used[name, seed], name in HEADLINE)
-    stem, done = KEPT / "quick" if quick else folder / "analysis", {}
+        given = (config.load(cfg, f"seed={seed}", *changes.split()), arm, used[name, seed], name in HEADLINE)
+        before = finished(*given)
+        if before:
+            done[name, seed] = before
+        elif name in names:
+            jobs[name, seed] = partial(score_arm, *given)
+    stem = KEPT / ("quick" if quick else "analysis")
     with _pool(processes) as pool:
-        for (name, seed), result in _run(pool, jobs, "arms"):
-            done[name, seed] = result
+        for key, result in itertools.chain(list(done.items())[:1], _run(pool, jobs, "arms")):
+            done[key] = result
             seconds = round(time.perf_counter() - start)
-            _write(stem, cfg, [key for key in jobs if key in done], done, used, seeds=seeds, seconds=seconds)
-
-
-def _write(stem: Path, cfg: DictConfig, keys: list, done: dict[tuple, Result], rates: dict, **more: Any) -> None:
-    rows, cards = [], []
-    for name, seed in keys:
-        result = done[name, seed]
-        nll = result.scores.nll.sum() / result.scores.tokens.sum()
-        choice = round(float(result.right.mean()), 4) if len(result.right) else float("nan")
-        row = (name, seed, rates[name, seed], round(float(nll), 4), len(result.scores.nll), choice)
-        rows.append((*row, result.bytes_up, result.bytes_down, round(result.seconds, 1)))
-    for seed in sorted({seed for _, seed in keys}):
-        of_seed = {name: done[name, other] for name, other in keys if other == seed}
-        test = data.load(config.load(cfg, f"seed={seed}"))[1].select_columns(["card_id", "specialty"]).to_pandas()
-        test = test.assign(seed=seed, tokens=next(iter(of_seed.values())).scores.tokens)
-        test = test.assign(**{name: result.scores.nll.round(3) for name, result in of_seed.items()})
-        asked = {f"right: {name}": result.right.astype(int) for name, result in of_seed.items() if len(result.right)}
-        cards.append(test.assign(**asked))
-    _put(stem.with_suffix(".csv"), pd.DataFrame(rows, columns=RESULTS).to_csv(index=False))
-    _put(stem.with_name(f"{stem.name}_cards.csv"), pd.concat(cards).to_csv(index=False))
-    _put(stem.with_suffix(".json"), json.dumps(provenance(cfg, **more), indent=1) + "\n")
-
-
-def _put(path: Path, text: str) -> None:
-    beside = path.with_name(f"{path.name}.part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-
-
-def read_results(path: Path, columns: Iterable[str] = RESULTS) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """A stored table and its provenance, the ``.json`` of the same stem.
-
-    Args:
-        path: of the ``.csv``.
-        columns: that it must have; ``choice`` alone may have gaps.
-
-    Raises:
-        FileNotFoundError: there is no such table, or no provenance.
-        ValueError: a column is missing, or a value is.
-    """
-    beside = path.with_name(path.stem.removesuffix("_cards") + ".json")
-    for file in (path, beside):
-        if not file.is_file():
-            raise FileNotFoundError(f"no results at {file}: make them with python -m fedllm_helpers.experiments")
-    table, origin = pd.read_csv(path), json.loads(beside.read_text(encoding="utf-8"))
-    missing = [name for name in columns if name not in table.columns]
-    if missing:
-        raise ValueError(f"{path} has no column {missing[0]!r}: make it again with this version of the package")
-    gaps = table[list(columns)].drop(columns="choice", errors="ignore").isna()
-    if gaps.any(axis=None):
-        column = gaps.any().idxmax()
-        line = gaps[column].idxmax() + 2
-        raise ValueError(f"{path}, line {line}: {column!r} has no value; the grid goes on where it was interrupted")
-    here = provenance(config.load("cpu"))["versions"]
-    other = [
-        f"{name} {there} there, {here.get(name)} here"
-        for name, there in origin["versions"].items()
-        if there != here.get(name)
-    ]
-    if other:
-        logger.warning("%s was made with other versions: %s", path, "; ".join(other))
-    return table, origin
+            write(stem, cfg, [key for key in order if key in done], done, used, seeds=seeds, seconds=seconds)
+    if not quick:
+        publish(stem, folder / stem.name)
 
 
 def _pool(processes: int) -> ProcessPoolExecutor:
@@ -245,12 +194,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("notebooks/results"))
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
-    parser.add_argument("--quick", action="store_true", help="analysis only: few cards, one seed, two minutes, into build")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"of analysis: {', '.join(ANALYSIS)}")
+    parser.add_argument(
+        "--quick", action="store_true", help="analysis only: few cards, one seed, two minutes, into build"
+    )
     arguments = parser.parse_args()
+    unknown = sorted(set(arguments.arms or ()) - set(ANALYSIS))
+    if unknown:
+        parser.error(f"unknown arm {unknown[0]!r}: known are {', '.join(ANALYSIS)}")
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if arguments.grid == "analysis":
         seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
-        analysis(seeds, arguments.folder, arguments.processes, arguments.quick)
+        names = arguments.arms or list(QUICK if arguments.quick else ANALYSIS)
+        analysis(seeds, arguments.folder, arguments.processes, names, arguments.quick)
     else:
         federated(arguments.seeds, arguments.folder, arguments.processes)
 

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator
 from functools import lru_cache
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message
 from flwr.common.serde import recorddict_to_proto
@@ -73,8 +74,20 @@ def to_record(adapter: models.Adapter) -> ArrayRecord:
 
 
 def from_record(record: ArrayRecord) -> models.Adapter:
-    """The adapter of a record, keys and order kept."""
-    return {key: array.numpy() for key, array in record.items()}
+    """The adapter of a record, keys and order kept.
+
+    Raises:
+        ValueError: bytes that are no array, whatever else they are.
+    """
+    adapter = {}
+    for key, array in record.items():
+        try:
+            adapter[key] = array.numpy()
+        except Exception as error:  # numpy's reader raises a dozen types on bytes that another machine made
+            raise ValueError(f"{key!r} cannot be read: {type(error).__name__}") from None
+        if not isinstance(adapter[key], np.ndarray):
+            raise ValueError(f"{key!r} cannot be read: it is not one array")
+    return adapter
 
 
 def message_bytes(message: Message) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from omegaconf import DictConfig
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -224,8 +225,8 @@ def from_pretrained(kind: type, where: str, **options: Any) -> Any:
     """``kind.from_pretrained``, with one line for a folder that is not whole or a hub that cannot be reached."""
     try:
         return kind.from_pretrained(where, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
+        reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
         if Path(where).is_dir():
             raise FileNotFoundError(f"model folder {where} is not whole: {reason}") from error
         raise ConnectionError(

@@ -1,14 +1,13 @@
 """Every figure of the course, drawn from plain tables; ``course.mplstyle`` beside this file holds the look."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 STYLE = "fedllm_helpers.course"
@@ -93,9 +92,7 @@ def pairs(table: pd.DataFrame, first: str, second: str, xlabel: str, title: str)
         axes.plot(table[first], y, "o", color="#1f4e8c", label=first)
         axes.plot(table[second], y, "s", color="#e08214", markerfacecolor="white", label=second)
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        _plain_ticks(axes)
         axes.set_yticks(y, table["label"])
         axes.set_ylim(len(table) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
@@ -115,7 +112,7 @@ def byte_bars(sizes: Mapping[str, int], title: str) -> Figure:
         figure, axes = plt.subplots(figsize=(7.2, 1.0 + 0.36 * len(sizes)))
         values = [size / 1e6 for size in sizes.values()]
         bars = axes.barh(list(sizes), values, color="#74add1", edgecolor="#1f4e8c")
-        axes.bar_label(bars, [f"{value:,.1f} MB" for value in values], padding=4)
+        axes.bar_label(bars, [_size(value) for value in sizes.values()], padding=4)
         axes.set_xscale("log")
         axes.set_xlim(min(values) / 3, max(values) * 8)
         axes.invert_yaxis()
@@ -179,42 +176,69 @@ def by_round(tables: Mapping[str, pd.DataFrame], ylabel: str, title: str, refere
     return figure
 
 
-def data_routes() -> Figure:
-    """Three ways to bring private records and a model together, and what crosses the hospital's wall in each."""
-    routes = (
-        ("Closed model behind an API", "records in prompts", "#b2182b", "the vendor's model"),
-        ("Training at a third party", "whole training records", "#b2182b", "a cloud's GPU"),
-        ("Federated fine-tuning", "adapter, there and back", "#1b8a5a", "a server that averages"),
-    )
+def frontier(table: pd.DataFrame, xlabel: str, ylabel: str, title: str, tolerance: float) -> Figure:
+    """What is lost against what is sent: a point with its interval per setting, on a logarithmic axis of bytes.
+
+    Args:
+        table: columns ``label``, ``megabytes``, ``value``, ``low``, ``high``.
+        xlabel, ylabel, title: of the figure, with units.
+        tolerance: the band around 0 that is drawn in grey; settings whose interval is above it in part are red.
+    """
     with plt.style.context(STYLE):
-        figure, panels = plt.subplots(1, 3, figsize=(9.0, 3.0))
-        for axes, (title, cargo, colour, outside) in zip(panels, routes, strict=True):
-            axes.set(xlim=(0, 10), ylim=(0, 10), title=title)
-            axes.axis("off")
-            federated = outside == "a server that averages"
-            for x in (0.4, 3.7, 7.0) if federated else (3.7,):
-                _box(
-                    axes,
-                    x,
-                    0.3,
-                    2.7,
-                    3.4,
-                    "#dceaf7",
-                    "hospital",
-                    ("records", "training") if federated else ("records",),
-                )
-                style = "<|-|>" if federated else "-|>"
-                arrow = {"arrowstyle": style, "color": colour, "lw": 2.2, "shrinkA": 2, "shrinkB": 2}
-                axes.annotate("", (5.05 + (x - 3.7) * 0.35, 7.0), (x + 1.35, 3.8), arrowprops=arrow)
-            _box(axes, 2.0, 7.1, 6.1, 2.4, "#f2f2f2", outside, () if federated else ("records seen here",))
-            axes.text(5.05, 5.4, cargo, ha="center", color=colour, fontsize=10, backgroundcolor="white")
+        figure, axes = plt.subplots(figsize=(8.4, 4.2))
+        axes.axhspan(-tolerance, tolerance, color="#e6e6e6", zorder=0)
+        axes.axhline(0, color="black", linewidth=1)
+        marks = itertools.cycle("o^sDvP*Xhd<>")
+        for (_, row), mark in zip(table.iterrows(), marks, strict=False):
+            spread = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
+            colour = "#1b8a5a" if row["high"] <= tolerance else "#b2182b"
+            axes.errorbar(row["megabytes"], row["value"], yerr=spread, fmt=mark, color=colour, label=row["label"])
+        axes.set_xscale("log")
+        _plain_ticks(axes)
+        axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+        figure.legend(loc="outside right upper")
     return figure
 
 
-def _box(
-    axes: Axes, x: float, y: float, width: float, height: float, face: str, head: str, lines: Sequence[str]
-) -> None:
-    axes.add_patch(FancyBboxPatch((x, y), width, height, "round,pad=0.05,rounding_size=0.3", fc=face, ec="#555555"))
-    axes.text(x + width / 2, y + height - 0.75, head, ha="center", va="center", fontweight="bold", fontsize=9)
-    for number, line in enumerate(lines):
-        axes.text(x + width / 2, y + height - 1.75 - number, line, ha="center", va="center", fontsize=8.5)
+def curves(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    by: str,
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    references: Mapping[str, float] | None = None,
+) -> Figure:
+    """One line per value of a column, on logarithmic axes.
+
+    Args:
+        table: columns ``x``, ``y`` and ``by``; all of ``x`` and ``y`` above 0.
+        x, y, by: names of columns.
+        xlabel, ylabel, title: of the figure, with units.
+        references: dashed horizontal lines: name to position.
+    """
+    looks = itertools.cycle(zip(("#1f4e8c", "#e08214", "#1b8a5a", "#b2479a", "#8c8c8c"), "Ds^Po", strict=True))
+    with plt.style.context(STYLE):
+        figure, axes = plt.subplots()
+        for (name, part), (colour, mark) in zip(table.groupby(by, sort=False), looks, strict=False):
+            axes.plot(part[x], part[y], color=colour, marker=mark, label=str(name))
+        for name, position in (references or {}).items():
+            axes.axhline(position, color="black", linestyle="--", linewidth=1)
+            axes.annotate(name, (0.01, position), xycoords=("axes fraction", "data"), va="bottom", fontsize=9)
+        axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
+        axes.grid(which="minor", visible=False)
+        figure.legend(loc="outside right upper", title=by)
+    return figure
+
+
+def _size(value: float) -> str:
+    unit, name = next((pair for pair in ((1e12, "TB"), (1e9, "GB")) if value >= pair[0]), (1e6, "MB"))
+    return f"{value / unit:,.1f} {name}"
+
+
+def _plain_ticks(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,7 +15,7 @@ from flwr.serverapp.strategy import Strategy
 from omegaconf import DictConfig
 from platformdirs import user_data_path
 
-from fedllm_helpers import aggregation, checkpoints, data, models, training
+from fedllm_helpers import aggregation, checkpoints, compression, data, models, training
 from fedllm_helpers.evaluation import score_answers
 from fedllm_helpers.messages import base_model, cpu_threads, first_adapter, quiet_flower, settings, to_record
 from fedllm_helpers.nodes import hospitals, join
@@ -22,6 +23,7 @@ from fedllm_helpers.provenance import provenance
 from fedllm_helpers.rounds import run_round
 from fedllm_helpers.tables import Tables, bar, report
 
+logger = logging.getLogger(__name__)
 app = ServerApp()
 
 
@@ -126,7 +128,7 @@ def federate(
     before = checkpoints.latest(folder, cfg) if folder else None
     tables, done, names = Tables(), 0, {}
     if before:
-        adapter, tables, done = _restore(before, strategy, grid)
+        adapter, tables, done = _restore(before, cfg, strategy, grid)
         if progress:
             print(f"going on after round {done} of {len(plan)} from {folder}", flush=True)
     elif evaluate:
@@ -144,9 +146,13 @@ def federate(
     return adapter, tables
 
 
-def _restore(before: checkpoints.Checkpoint, strategy: Strategy, grid: Grid) -> tuple[models.Adapter, Tables, int]:
+def _restore(
+    before: checkpoints.Checkpoint, cfg: DictConfig, strategy: Strategy, grid: Grid
+) -> tuple[models.Adapter, Tables, int]:
     if before.states and hasattr(grid, "remember"):
         grid.remember(before.states)
+    elif before.states or compression.remembers(cfg):
+        logger.warning("what hospitals had not sent yet (error feedback) is not in the checkpoint: it is lost")
     aggregation.restore_strategy(strategy, before.strategy_arrays, before.strategy_kinds)
     return before.adapter, Tables(before.history, before.clients), before.number
 

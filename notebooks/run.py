@@ -78,6 +78,7 @@ def run(path: Path, inplace: bool) -> tuple[str, float, int | None, list[str], P
         notebook,
         timeout=None,
         coalesce_streams=True,
+        store_widget_state=False,
         record_timing=False,
         resources={"metadata": {"path": str(path.parent)}},
         extra_arguments=["--IPKernelApp.log_level=40"],
@@ -91,12 +92,20 @@ def run(path: Path, inplace: bool) -> tuple[str, float, int | None, list[str], P
         raise
     say(len(code), end="\n")
     seconds, page = time.perf_counter() - start, BUILD / f"{path.stem}.html"
+    drop_widgets(notebook)
     pack_pictures(notebook)
     nbformat.write(notebook, BUILD / path.name)
     if inplace:
         nbformat.write(notebook, path)
     page.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf8")
     return path.stem, seconds, peak[0], headlines(notebook), page
+
+
+def drop_widgets(notebook: nbformat.NotebookNode) -> None:
+    """Sliders work where a kernel runs; what is stored of them is a line that nobody can move."""
+    for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
+        view = "application/vnd.jupyter.widget-view+json"
+        cell.outputs = [out for out in cell.outputs if view not in out.get("data", {})]
 
 
 def pack_pictures(notebook: nbformat.NotebookNode) -> None:

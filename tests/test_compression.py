@@ -116,6 +116,8 @@ def test_damaged_messages_are_refused_in_one_line():
         "bytes of values": {"values": whole["values"][:-1]},
         "scales for": {"scales": whole["scales"][:-1]},
         "while decompressing": {"mask": whole["mask"][::-1].copy()},
+        "not flat uint8": {"values": whole["values"].reshape(-1, 1)},
+        "'scales' is float32": {"scales": whole["scales"].astype(np.float32)},
         "a mask of": {"mask": encode({"v": np.ones(2, np.float32)}, "int4", 0.5)["mask"]},
         "expected the arrays mask, scales, unit, values, there are": {"extra": np.zeros(1)},
     }
@@ -173,10 +175,14 @@ def small_start(monkeypatch):
 )
 @pytest.mark.parametrize("strategy", ["FedAvg", "FedAdam", "FedMedian"])
 def test_a_compressed_federation_comes_close_to_the_plain_one(small_start, changes, strategy):
+    if "keep" in changes[0] and strategy == "FedMedian":
+        with pytest.raises(ValueError, match="keep=0.5 with FedMedian: it compares replies number by number"):
+            tiny.federate(tiny.settings(f"federation.strategy={strategy}", *changes))
+        return
     plain, compressed = (tiny.settings(f"federation.strategy={strategy}", *more, rounds=6) for more in ([], changes))
     (expected, _), (adapter, tables) = tiny.federate(plain), tiny.federate(compressed, _compressed(compressed))
     moved = max(np.abs(value - tiny.START[key]).max() for key, value in expected.items())
-    near = 1.0 if "keep" in changes[0] and strategy != "FedAvg" else 0.25  # half of a median is no median of halves
+    near = 1.0 if "keep" in changes[0] and strategy != "FedAvg" else 0.25  # Adam divides by what was sent
     for key, value in expected.items():
         assert value.shape == adapter[key].shape
         assert np.abs(adapter[key] - value).max() < near * moved

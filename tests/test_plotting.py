@@ -7,7 +7,7 @@ import pytest
 
 matplotlib.use("Agg")
 
-from fedllm_helpers import plotting  # noqa: E402  (the backend first)
+from fedllm_helpers import diagrams, plotting  # noqa: E402  (the backend first)
 
 
 @pytest.fixture
@@ -43,11 +43,11 @@ def test_pairs_and_bytes_draw_what_they_were_given():
     assert [list(line.get_xdata()) for line in axes.lines] == [[2.0, 3.0], [40.0, 50.0]] and axes.get_xscale() == "log"
     bars = plotting.byte_bars({"one": 1_500_000, "two": 27_000_000_000}, "t").axes[0]
     assert [patch.get_width() for patch in bars.patches] == [1.5, 27000.0]
-    assert {text.get_text() for text in bars.texts} == {"1.5 MB", "27,000.0 MB"}
+    assert {text.get_text() for text in bars.texts} == {"1.5 MB", "27.0 GB"}
 
 
 def test_only_the_federated_route_keeps_records_inside():
-    panels = plotting.data_routes().axes
+    panels = diagrams.data_routes().axes
     seen = [any("records seen here" in text.get_text() for text in panel.texts) for panel in panels]
     assert seen == [True, True, False]
 
@@ -56,7 +56,7 @@ def test_arms_differ_in_colour_and_mark_and_style_stays_local():
     colours, marks = zip(*plotting.ARMS.values(), strict=True)
     assert len(set(colours)) == len(colours) and len(set(marks)) == len(marks)
     before = dict(matplotlib.rcParams)
-    plotting.data_routes()
+    diagrams.data_routes()
     assert dict(matplotlib.rcParams) == before
 
 
@@ -76,3 +76,22 @@ def test_by_round_draws_the_measure_and_its_references():
     curve, reference = axes.lines
     assert list(curve.get_ydata()) == [3.0, 2.6, 2.5] and set(reference.get_ydata()) == {2.4}
     assert curve.get_color() == plotting.ARMS["federated"][0] != reference.get_color()
+
+
+def test_the_frontier_draws_each_setting_and_the_band():
+    rows = [("int8", 0.9, 0.001, -0.01, 0.01), ("top 1 %", 0.02, 0.3, 0.2, 0.4)]
+    table = pd.DataFrame(rows, columns=["label", "megabytes", "value", "low", "high"])
+    axes = plotting.frontier(table, "x", "y", "t", 0.02).axes[0]
+    assert [float(c[0].get_xdata()[0]) for c in axes.containers] == [0.9, 0.02] and axes.get_xscale() == "log"
+    bars = [c[2][0].get_segments()[0][:, 1] for c in axes.containers]
+    assert np.allclose(bars, table[["low", "high"]])
+    assert axes.containers[0][0].get_color() != axes.containers[1][0].get_color(), "within the band, and above it"
+    assert (axes.patches[0].get_y(), axes.patches[0].get_height()) == pytest.approx((-0.02, 0.04))
+
+
+def test_curves_draw_a_line_per_name_and_their_references():
+    table = pd.DataFrame({"rank": [1, 4, 1, 4], "bytes": [1.0, 4.0, 2.0, 8.0], "model": ["a", "a", "b", "b"]})
+    axes = plotting.curves(table, "rank", "bytes", "model", xlabel="x", ylabel="y", title="t", references={"day": 5.0})
+    first, second, day = axes.axes[0].lines
+    assert list(first.get_ydata()) == [1.0, 4.0] and list(second.get_ydata()) == [2.0, 8.0]
+    assert set(day.get_ydata()) == {5.0} and first.get_color() != second.get_color()

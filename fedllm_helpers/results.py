@@ -1,0 +1,105 @@
+"""Tables of finished arms on disk, with their provenance: written whole or not at all, checked when read."""
+
+import json
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import DictConfig
+
+from fedllm_helpers import config, data
+from fedllm_helpers.arms import Result
+from fedllm_helpers.provenance import provenance
+
+logger = logging.getLogger(__name__)
+RESULTS = ["arm", "seed", "learning_rate", "nll", "cards", "choice", "bytes_up", "bytes_down", "seconds"]
+
+
+def write(stem: Path, cfg: DictConfig, keys: list, done: dict[tuple, Result], rates: dict, **more: Any) -> None:
+    """Write ``stem``.csv (a row per arm and seed), ``stem``_cards.csv (a row per seed and card) and ``stem``.json.
+
+    Args:
+        stem: path without its ending.
+        cfg: settings that all arms share.
+        keys: (arm, seed) of the rows, in order.
+        done: the result of each, in nats per card.
+        rates: the learning rate of each.
+        more: further facts for the provenance.
+    """
+    rows, cards = [], [pd.DataFrame()]
+    for name, seed in keys:
+        result = done[name, seed]
+        nll = result.scores.nll.sum() / result.scores.tokens.sum()
+        choice = round(float(result.right.mean()), 4) if len(result.right) else float("nan")
+        row = (name, seed, rates[name, seed], round(float(nll), 4), len(result.scores.nll), choice)
+        rows.append((*row, result.bytes_up, result.bytes_down, round(result.seconds, 1)))
+    for seed in sorted({seed for _, seed in keys}):
+        of_seed = {name: done[name, other] for name, other in keys if other == seed}
+        test = data.load(config.load(cfg, f"seed={seed}"))[1].select_columns(["card_id", "specialty"]).to_pandas()
+        test = test.assign(seed=seed, tokens=next(iter(of_seed.values())).scores.tokens)
+        test = test.assign(**{name: result.scores.nll.round(3) for name, result in of_seed.items()})
+        asked = {f"right: {name}": result.right.astype(int) for name, result in of_seed.items() if len(result.right)}
+        cards.append(test.assign(**asked))
+    _put(stem.with_suffix(".csv"), pd.DataFrame(rows, columns=RESULTS).to_csv(index=False))
+    _put(stem.with_name(f"{stem.name}_cards.csv"), pd.concat(cards).to_csv(index=False))
+    _put(stem.with_suffix(".json"), json.dumps(provenance(cfg, **more), indent=1) + "\n")
+
+
+def publish(stem: Path, target: Path) -> None:
+    """Put the three tables in place of older ones, unless those have rows that these have not."""
+    keys = [
+        set(pd.read_csv(path)[["arm", "seed"]].itertuples(index=False, name=None)) if path.is_file() else set()
+        for path in (stem.with_suffix(".csv"), target.with_suffix(".csv"))
+    ]
+    if keys[1] - keys[0]:
+        print(f"{target}.csv has {len(keys[1] - keys[0])} rows more and stays; the new tables are {stem}*")
+        return
+    for ending in (".csv", "_cards.csv", ".json"):
+        _put(target.with_name(target.name + ending), stem.with_name(stem.name + ending).read_text(encoding="utf-8"))
+
+
+def _put(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def read(path: Path, columns: Iterable[str] = RESULTS) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """A stored table and its provenance, the ``.json`` of the same stem.
+
+    Args:
+        path: of the ``.csv``.
+        columns: that it must have; ``choice`` alone may have gaps.
+
+    Raises:
+        FileNotFoundError: there is no such table, or no provenance.
+        ValueError: a column is missing, or a value is.
+    """
+    beside = path.with_name(path.stem.removesuffix("_cards") + ".json")
+    for file in (path, beside):
+        if not file.is_file():
+            raise FileNotFoundError(f"no results at {file}: make them with python -m fedllm_helpers.experiments")
+    table, origin = pd.read_csv(path), json.loads(beside.read_text(encoding="utf-8"))
+    missing = [name for name in columns if name not in table.columns]
+    if missing:
+        raise ValueError(f"{path} has no column {missing[0]!r}: make it again with this version of the package")
+    if not len(table):
+        raise ValueError(f"{path} holds no rows: make it again")
+    gaps = table[list(columns)].drop(columns="choice", errors="ignore").isna()
+    if gaps.any(axis=None):
+        column = gaps.any().idxmax()
+        line = gaps[column].idxmax() + 2
+        raise ValueError(f"{path}, line {line}: {column!r} has no value; the grid goes on where it was interrupted")
+    here = provenance(config.load("cpu"))["versions"]
+    other = [
+        f"{name} {there} there, {here.get(name)} here"
+        for name, there in origin["versions"].items()
+        if there != here.get(name)
+    ]
+    if other:
+        logger.warning("%s was made with other versions: %s", path, "; ".join(other))
+    return table, origin

@@ -1,0 +1,106 @@
+"""The grid: arms that are read back, tables that are whole, and what is said where they are not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fedllm_helpers import arms, config, experiments, results
+from fedllm_helpers.arms import Result
+from fedllm_helpers.evaluation import AnswerScores
+
+STORED = Path(__file__).resolve().parents[1] / "notebooks" / "results"
+
+
+@pytest.fixture
+def small(cfg):
+    """A federation of a few steps on a few cards."""
+    tiny = ["dataset.max_cards_per_specialty=24", "federation.num_rounds=1", "federation.num_clients=2"]
+    more = ["federation.training_arguments.max_steps=1", "dataset.specialties=[eye,cardiovascular system]"]
+    return config.load("cpu", *tiny, *more, "federation.threads=1")
+
+
+def test_every_arm_of_the_analysis_is_a_configuration(cfg):
+    for name, (arm, changes) in experiments.ANALYSIS.items():
+        config.load(cfg, *changes.split())
+        assert arm.split("/")[0] in ("untuned", "federated", "same examples"), name
+
+
+def test_an_arm_is_trained_once_and_then_read_back(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(arms, "KEPT", tmp_path)
+    first = arms.score_arm(small, "federated/specialty", 8e-3, choices=True)
+    assert first.bytes_up > 2 * 3_686_400 and first.bytes_down > 2 * 3_686_400
+    assert len(first.scores.nll) == len(first.right) == 8
+    monkeypatch.setattr(arms, "train_arm", lambda *given: pytest.fail("trained again"))
+    again = arms.score_arm(small, "federated/specialty", 8e-3, choices=True)
+    assert np.array_equal(again.scores.nll, first.scores.nll) and again.bytes_up == first.bytes_up
+    assert arms.finished(small, "federated/specialty", 4e-3, True) is None, "another rate is another arm"
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_a_tenth_and_a_lone_hospital_train_on_their_own_cards():
+    cfg = config.load("cpu")
+    tenth, alone = arms._cards(cfg, ["tenth"]), arms._cards(cfg, ["one hospital", "2"])
+    assert len(tenth) == 120 and set(np.unique(tenth["specialty"], return_counts=True)[1]) == {20}
+    assert len(alone) == 200 and len(set(alone["specialty"])) == 1
+    assert len(arms._cards(cfg, ["pooled"])) == 1200
+
+
+def _result(cfg, nll):
+    """A result for the test cards of a configuration."""
+    n = len(experiments.data.load(cfg)[1])
+    return Result(AnswerScores(np.full(n, nll), np.full(n, 10)), np.zeros(0, bool), 5, 6, 1.0)
+
+
+def test_tables_are_written_whole_and_read_with_their_provenance(small, tmp_path, caplog):
+    done = {("untuned", 0): _result(small, 30.0), ("federated", 0): _result(small, 20.0)}
+    results.write(tmp_path / "grid", small, list(done), done, dict.fromkeys(done, 0.0), seeds=[0])
+    table, origin = results.read(tmp_path / "grid.csv")
+    assert table["nll"].tolist() == [3.0, 2.0] and origin["seeds"] == [0] and not caplog.text
+    cards, _ = results.read(tmp_path / "grid_cards.csv", ["card_id", "tokens", "federated"])
+    assert (cards["federated"] == 20.0).all() and not list(tmp_path.glob("*.part"))
+    origin["versions"]["torch"] = "1.0"
+    (tmp_path / "grid.json").write_text(json.dumps(origin))
+    results.read(tmp_path / "grid.csv")
+    assert "made with other versions: torch 1.0 there" in caplog.text
+
+
+def test_results_with_gaps_are_refused_in_one_line(tmp_path):
+    (tmp_path / "grid.json").write_text(json.dumps({"versions": {}}))
+    whole = pd.DataFrame([dict.fromkeys(results.RESULTS, 1.0)] * 3)
+    faults = {
+        "no column 'bytes_up'": whole.drop(columns="bytes_up"),
+        "line 3: 'nll' has no value": whole.assign(nll=[1.0, None, 2.0]),
+        "holds no rows": whole[:0],
+    }
+    for said, table in faults.items():
+        table.to_csv(tmp_path / "grid.csv", index=False)
+        with pytest.raises(ValueError, match=said) as caught:
+            results.read(tmp_path / "grid.csv")
+        assert "\n" not in str(caught.value)
+    whole.assign(choice=None).to_csv(tmp_path / "grid.csv", index=False)
+    assert len(results.read(tmp_path / "grid.csv")[0]) == 3, "not every arm answers questions"
+    with pytest.raises(FileNotFoundError, match="no results at .*other.csv: make them with"):
+        results.read(tmp_path / "other.csv")
+
+
+def test_the_stored_tables_agree_with_each_other():
+    table, origin = results.read(STORED / "analysis.csv")
+    cards, _ = results.read(STORED / "analysis_cards.csv", ["card_id", "seed", "tokens"])
+    assert origin["embedded_model"] and len(origin["seeds"]) >= 3
+    for (arm, seed), row in table.set_index(["arm", "seed"]).iterrows():
+        mine = cards[cards["seed"] == seed]
+        assert row["nll"] == pytest.approx(mine[arm].sum() / mine["tokens"].sum(), abs=1e-3), arm
+        if f"right: {arm}" in mine:
+            assert row["choice"] == pytest.approx(mine[f"right: {arm}"].mean(), abs=1e-4)
+    assert table.groupby("arm")["seed"].nunique().min() == len(origin["seeds"]), "an arm lacks a seed"
+
+
+def test_an_unknown_arm_is_named():
+    command = [sys.executable, "-m", "fedllm_helpers.experiments", "analysis", "--arms", "int2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "unknown arm 'int2': known are federated" in done.stderr
