@@ -78,7 +78,6 @@ def run(path: Path, inplace: bool) -> tuple[str, float, int | None, list[str], P
         notebook,
         timeout=None,
         coalesce_streams=True,
-        store_widget_state=False,
         record_timing=False,
         resources={"metadata": {"path": str(path.parent)}},
         extra_arguments=["--IPKernelApp.log_level=40"],
@@ -103,17 +102,18 @@ def run(path: Path, inplace: bool) -> tuple[str, float, int | None, list[str], P
 
 def drop_widgets(notebook: nbformat.NotebookNode) -> None:
     """Sliders work where a kernel runs; what is stored of them is a line that nobody can move."""
+    notebook.metadata.pop("widgets", None)
     for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
         view = "application/vnd.jupyter.widget-view+json"
         cell.outputs = [out for out in cell.outputs if view not in out.get("data", {})]
 
 
 def pack_pictures(notebook: nbformat.NotebookNode) -> None:
-    """Store the same pixels in fewer bytes: matplotlib writes PNG quickly, not small."""
+    """Store pictures in fewer bytes, with a palette of 256 colours: figures of lines and marks need few."""
     for out in (out for cell in notebook.cells for out in cell.get("outputs", [])):
         if "image/png" in out.get("data", {}):
             packed, given = io.BytesIO(), base64.b64decode(out["data"]["image/png"])
-            Image.open(io.BytesIO(given)).convert("RGB").save(packed, "PNG", optimize=True)
+            Image.open(io.BytesIO(given)).convert("RGB").quantize(256).save(packed, "PNG", optimize=True)
             if len(packed.getvalue()) < len(given):
                 out["data"]["image/png"] = base64.b64encode(packed.getvalue()).decode()
 

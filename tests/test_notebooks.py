@@ -86,11 +86,14 @@ def test_the_runner_writes_notebook_page_and_headline(tmp_path):
     runner = tmp_path / "notebooks" / "run.py"
     runner.write_text((ROOT / "notebooks" / "run.py").read_text())
     cell = nbformat.v4.new_code_cell("print('answer 42')", metadata={"tags": ["headline"]})
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "notebooks" / "01_good.ipynb")
+    sliders = nbformat.v4.new_code_cell("import ipywidgets\nprint('moved')\nipywidgets.IntSlider()")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell, sliders]), tmp_path / "notebooks" / "01_good.ipynb")
     done = subprocess.run([sys.executable, str(runner)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "cell  1 of 1" in done.stdout and "answer 42" in done.stdout and "01_good.html" in done.stdout
+    assert "cell  2 of 2" in done.stdout and "answer 42" in done.stdout and "01_good.html" in done.stdout
     assert "answer 42" in (tmp_path / "build" / "01_good.html").read_text()
     executed = json.loads((tmp_path / "build" / "01_good.ipynb").read_text())
     assert executed["cells"][0]["execution_count"] == 1
+    assert [out["output_type"] for out in executed["cells"][1]["outputs"]] == ["stream"], "sliders are not stored"
+    assert "widgets" not in executed["metadata"]
     assert json.loads((tmp_path / "notebooks" / "01_good.ipynb").read_text())["cells"][0]["outputs"] == []
