@@ -47,7 +47,8 @@ def intervals(table: pd.DataFrame, xlabel: str, title: str, references: Mapping[
             axes.errorbar(rows["value"], y, xerr=spread, fmt=mark, color=colour, label=arm)
         for name, position in (references or {}).items():
             axes.axvline(position, color="black", linestyle="--", linewidth=1)
-            axes.text(position, len(labels) - 0.45, f" {name}", va="bottom", fontsize=9)
+            side = "right" if position > np.mean(axes.get_xlim()) else "left"
+            axes.text(position, len(labels) - 0.45, f" {name} ", va="bottom", ha=side, fontsize=9)
         axes.set_yticks(range(len(labels)), labels)
         axes.set_ylim(len(labels) - 0.4, -0.65)
         axes.grid(axis="y", visible=False)
@@ -114,7 +115,7 @@ def byte_bars(sizes: Mapping[str, int], title: str) -> Figure:
         bars = axes.barh(list(sizes), values, color="#74add1", edgecolor="#1f4e8c")
         axes.bar_label(bars, [_size(value) for value in sizes.values()], padding=4)
         axes.set_xscale("log")
-        axes.set_xlim(min(values) / 3, max(values) * 8)
+        axes.set_xlim(min(values) / 3, max(values) * 30)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set(xlabel="megabytes (logarithmic)", title=title)
@@ -182,17 +183,19 @@ def frontier(table: pd.DataFrame, xlabel: str, ylabel: str, title: str, toleranc
     Args:
         table: columns ``label``, ``megabytes``, ``value``, ``low``, ``high``.
         xlabel, ylabel, title: of the figure, with units.
-        tolerance: the band around 0 that is drawn in grey; settings whose interval is above it in part are red.
+        tolerance: the band around 0 that is drawn in grey; settings whose interval reaches above it are hollow.
     """
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(figsize=(8.4, 4.2))
-        axes.axhspan(-tolerance, tolerance, color="#e6e6e6", zorder=0)
+        axes.axhspan(-tolerance, tolerance, color="#e6e6e6", zorder=0, label=f"±{tolerance}")
         axes.axhline(0, color="black", linewidth=1)
         marks = itertools.cycle("o^sDvP*Xhd<>")
-        for (_, row), mark in zip(table.iterrows(), marks, strict=False):
+        for number, (row, mark) in enumerate(zip(table.to_dict("records"), marks, strict=False)):
             spread = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
-            colour = "#1b8a5a" if row["high"] <= tolerance else "#b2182b"
-            axes.errorbar(row["megabytes"], row["value"], yerr=spread, fmt=mark, color=colour, label=row["label"])
+            colour, face = ARMS["federated"][0], "white" if row["high"] > tolerance else ARMS["federated"][0]
+            beside = 1.06 ** sum(abs(table["megabytes"].iloc[:number] / row["megabytes"] - 1) < 0.05)  # like bytes
+            where, look = row["megabytes"] * beside, {"fmt": mark, "color": colour, "markerfacecolor": face}
+            axes.errorbar(where, row["value"], yerr=spread, label=row["label"], **look)
         axes.set_xscale("log")
         _plain_ticks(axes)
         axes.set(xlabel=xlabel, ylabel=ylabel, title=title)

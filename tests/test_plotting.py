@@ -85,7 +85,8 @@ def test_the_frontier_draws_each_setting_and_the_band():
     assert [float(c[0].get_xdata()[0]) for c in axes.containers] == [0.9, 0.02] and axes.get_xscale() == "log"
     bars = [c[2][0].get_segments()[0][:, 1] for c in axes.containers]
     assert np.allclose(bars, table[["low", "high"]])
-    assert axes.containers[0][0].get_color() != axes.containers[1][0].get_color(), "within the band, and above it"
+    faces = [c[0].get_markerfacecolor() for c in axes.containers]
+    assert faces[0] != "white" and faces[1] == "white", "within the band, and above it"
     assert (axes.patches[0].get_y(), axes.patches[0].get_height()) == pytest.approx((-0.02, 0.04))
 
 
