@@ -1,5 +1,6 @@
 """The mean against numpy and Flower, every strategy against Flower's own loop, and replies that cannot be used."""
 
+import io
 import logging
 import re
 
@@ -7,10 +8,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Error
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error
 from flwr.serverapp import strategy as strategies
 
-from fedllm_helpers import aggregation, config, simulation, training
+from fedllm_helpers import aggregation, compression, config, simulation, training
 from fedllm_helpers.messages import from_record, to_record
 from fedllm_helpers.schema import STRATEGIES
 
@@ -213,6 +214,36 @@ def test_a_reply_that_cannot_be_used_is_named_and_left_out(expected, caplog):
     others = [(tiny.update(tiny.START, h, 1), 10 * (h + 1)) for h in (0, 1, 3)]
     wanted = aggregation.weighted_mean(others)
     assert all(np.array_equal(adapter[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("up", ["fp32", "int4"])
+@pytest.mark.parametrize("what", ["archive", "header", "vast", "nothing"])
+def test_bytes_that_are_no_array_are_left_out(what, up):
+    """What numpy's reader makes of a stranger's bytes must not end a run."""
+    archive, whole = io.BytesIO(), io.BytesIO()
+    np.savez(archive, a=np.ones(3))
+    np.save(whole, np.ones(3, np.float32))
+    vast = whole.getvalue().replace(b"(3,), }" + b" " * 14, b"(100000000000000,), }")
+    strange = {"archive": archive.getvalue(), "header": b"\x93NUMPY\x01\x00\x76\x00{'descr': [[[" + b" " * 200}
+    strange |= {"vast": vast, "nothing": b""}
+    assert vast != whole.getvalue()
+
+    def app(message, context):
+        reply = tiny.client()(message, context)
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 1:
+            arrays = {
+                key: Array(dtype="float32", shape=(3,), stype="numpy.ndarray", data=strange[what])
+                for key in reply.content["arrays"]
+            }
+            reply.content["arrays"] = ArrayRecord(arrays)
+        elif message.metadata.message_type == "train" and up == "int4":
+            arrays = {key: value.numpy() - tiny.START[key] for key, value in reply.content["arrays"].items()}
+            reply.content["arrays"] = to_record(compression.encode(arrays, up))
+        return reply
+
+    _, tables = tiny.federate(tiny.settings(f"federation.compression.up={up}", rounds=1), app)
+    status = {row[1]: row[2] for row in tables.clients}
+    assert "cannot be" in status.pop(1) and set(status.values()) == {"used"}
 
 
 def test_a_round_without_any_usable_reply_ends_with_the_first_traceback():
