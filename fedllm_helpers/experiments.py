@@ -183,8 +183,9 @@ def _run(pool: ProcessPoolExecutor, jobs: dict, description: str) -> Iterator[tu
     try:
         for future in tqdm(as_completed(waiting), total=len(jobs), desc=description, file=sys.stdout):
             yield waiting[future], future.result()
-    finally:
+    except BaseException:  # an arm failed, or the grid is interrupted: what has not begun need not begin
         pool.shutdown(cancel_futures=True)
+        raise
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,15 @@ def test_the_stored_tables_agree_with_each_other():
         if f"right: {arm}" in mine:
             assert row["choice"] == pytest.approx(mine[f"right: {arm}"].mean(), abs=1e-4)
     assert table.groupby("arm")["seed"].nunique().min() == len(origin["seeds"]), "an arm lacks a seed"
+
+
+def test_one_pool_runs_one_set_of_jobs_after_the_other():
+    """The federated grid tunes, and trains with the rates that it found."""
+    with experiments._pool(1) as pool:
+        for value in ("3", "4"):
+            assert dict(experiments._run(pool, {"a": partial(int, value)}, "jobs")) == {"a": int(value)}
+        with pytest.raises(ValueError, match="invalid literal"):
+            list(experiments._run(pool, {"a": partial(int, "no number")}, "jobs"))
 
 
 def test_an_unknown_arm_is_named():
