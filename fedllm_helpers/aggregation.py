@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import Strategy
 from omegaconf import DictConfig, OmegaConf
 
+from fedllm_helpers import privacy
 from fedllm_helpers.messages import from_record, to_record
 from fedllm_helpers.models import Adapter
 from fedllm_helpers.nodes import reason
@@ -58,12 +59,13 @@ def difference(adapter: Adapter, shapes: dict[str, tuple[int, ...]]) -> str | No
     return wrong and f"{wrong!r} has shape {adapter[wrong].shape}, not {shapes[wrong]}"
 
 
-def fault(reply: Message, adapter: Adapter) -> str | None:
+def fault(reply: Message, adapter: Adapter, silent: bool = False) -> str | None:
     """Why a reply to a training message cannot be used, in one line; None where it can.
 
     Args:
         reply: of a client.
         adapter: as it was sent out: a reply has its keys, shapes and dtypes.
+        silent: hospitals keep their losses to themselves.
     """
     if reply.has_error():
         return f"it failed: {reason(reply).splitlines()[-1]}"
@@ -74,7 +76,7 @@ def fault(reply: Message, adapter: Adapter) -> str | None:
     examples = metrics.get("num-examples")
     if not isinstance(examples, (int, float)) or not math.isfinite(examples) or examples <= 0:
         return f"its num-examples is {examples}, not a number above 0"
-    loss = metrics.get("loss-before")
+    loss = 0.0 if silent else metrics.get("loss-before")
     if not isinstance(loss, (int, float)) or not math.isfinite(loss):
         return f"its loss-before is {loss}, not a finite number"
     try:
@@ -98,7 +100,7 @@ def tidied(reply: Message, adapter: Adapter) -> Message:
     Some strategies go by place and not by key, and all of them end the run where two clients' numbers have other names.
     """
     metrics, given = next(iter(reply.content.metric_records.values())), next(iter(reply.content.array_records.values()))
-    numbers = {name: float(metrics[name]) for name in ("num-examples", "loss-before")}
+    numbers = {name: float(metrics.get(name, 0.0)) for name in ("num-examples", "loss-before")}
     arrays = ArrayRecord({key: given[key] for key in adapter})
     reply.content = RecordDict({"arrays": arrays, "metrics": MetricRecord(numbers)})
     return reply
@@ -113,6 +115,14 @@ def make_strategy(cfg: DictConfig) -> Strategy:
     everyone = {"fraction_train": 1.0, "fraction_evaluate": 1.0}
     fewest = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
     name, given = cfg.federation.strategy, OmegaConf.to_container(cfg.federation.strategy_arguments)
+    privacy.check(cfg)
+    how = cfg.federation
+    hidden = how.privacy.client.noise_multiplier is not None or how.secure_aggregation.threshold is not None
+    if hidden and name not in AVERAGING:
+        raise ValueError(
+            f"federation.strategy={name}: it compares replies, and noise or masks need a mean; allowed are "
+            f"{', '.join(AVERAGING)}"
+        )
     if cfg.federation.compression.keep < 1 and name not in AVERAGING:
         raise ValueError(
             f"federation.compression.keep={cfg.federation.compression.keep} with {name}: it compares replies number by "
@@ -131,7 +141,13 @@ def make_strategy(cfg: DictConfig) -> Strategy:
         raise ValueError(f"federation.strategy_arguments={given} of {name}: {error}") from None
 
 
-def combine(strategy: Strategy, number: int, replies: Iterable[Message], minimum: int = 1) -> Adapter | None:
+def combine(
+    strategy: Strategy,
+    number: int,
+    replies: Iterable[Message],
+    minimum: int = 1,
+    finish: Callable[[Adapter, float], Adapter] | None = None,
+) -> Adapter | None:
     """Combine the usable replies of a round, in the order given, as the strategy does.
 
     Args:
@@ -140,12 +156,14 @@ def combine(strategy: Strategy, number: int, replies: Iterable[Message], minimum
         replies: screened, ordered by hospital. A strategy that averages gets their weighted mean as one reply, so that
             only one of them is in memory at a time.
         minimum: fewer replies than that combine to nothing, and the strategy learns nothing from them.
+        finish: makes of the mean, and of the largest share of a reply in it, what the strategy is given, such as the
+            mean with noise; for strategies that average.
 
     Returns:
         The new adapter; None where there were too few replies.
     """
     if type(strategy).__name__ in AVERAGING:
-        replies, count = _mean_reply(replies)
+        replies, count = _mean_reply(replies, finish)
     else:
         replies = list(replies)
         count = len(replies)
@@ -155,28 +173,30 @@ def combine(strategy: Strategy, number: int, replies: Iterable[Message], minimum
     return None if arrays is None else {key: value.astype(np.float32) for key, value in from_record(arrays).items()}
 
 
-def _mean_reply(replies: Iterable[Message]) -> tuple[list[Message], int]:
+def _mean_reply(
+    replies: Iterable[Message], finish: Callable[[Adapter, float], Adapter] | None
+) -> tuple[list[Message], int]:
     shell: list[Message] = []  # the first reply, emptied: the mean goes into it
-    count = 0
+    weights: list[float] = []
 
     def pairs() -> Iterator[tuple[Adapter, float]]:
         """Adapters and their numbers of cards, each reply let go before the next."""
-        nonlocal count
         for reply in replies:
             numbers, arrays = next(iter(reply.content.metric_records.values())), reply.content.array_records
             if not shell:
                 shell.append(reply)
                 reply.content = RecordDict()
-            count += 1
-            yield from_record(next(iter(arrays.values()))), float(numbers["num-examples"])
+            weights.append(float(numbers["num-examples"]))
+            yield from_record(next(iter(arrays.values()))), weights[-1]
 
     rest = pairs()
     first = next(rest, None)
     if first is None:
         return [], 0
     mean = weighted_mean(itertools.chain([first], rest))
+    mean = finish(mean, max(weights) / sum(weights)) if finish else mean
     shell[0].content = RecordDict({"arrays": to_record(mean), "metrics": MetricRecord({"num-examples": 1.0})})
-    return shell, count
+    return shell, len(weights)
 
 
 def strategy_state(strategy: Strategy) -> tuple[dict[str, np.ndarray], dict[str, list]]:

@@ -2,17 +2,24 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
+import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from datasets import Dataset
 from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
 
-from fedllm_helpers import client_app, config, data, models, multiple_choice, simulation, training
+from fedllm_helpers import client_app, config, data, models, multiple_choice, privacy, simulation, training
 from fedllm_helpers.evaluation import AnswerScores, score_answers
 from fedllm_helpers.messages import base_model, first_adapter
 from fedllm_helpers.provenance import provenance
@@ -114,7 +121,35 @@ def finished(cfg: DictConfig, arm: str, rate: float, choices: bool = False) -> R
     return Result(AnswerScores(kept["nll"], kept["tokens"]), kept["right"], *numbers)
 
 
+def run_all(workers: ProcessPoolExecutor, jobs: dict, description: str) -> Iterator[tuple[tuple, Any]]:
+    """(name, result) of the jobs as they finish, with a bar; the first failure stops what has not begun."""
+    waiting = {workers.submit(job): name for name, job in jobs.items()}
+    try:
+        for future in tqdm(as_completed(waiting), total=len(jobs), desc=description, file=sys.stdout):
+            yield waiting[future], future.result()
+    except BaseException:  # an arm failed, or the grid is interrupted: what has not begun need not begin
+        workers.shutdown(cancel_futures=True)
+        raise
+
+
+def pool(processes: int) -> ProcessPoolExecutor:
+    """Processes of one thread each."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def key_of(cfg: DictConfig, *parts: Any) -> str:
+    """A name for a result with these settings, these parts and these versions of packages.
+
+    Sections that are switched off are left out of it, so that results from before such a section existed count.
+    """
+    settings = OmegaConf.to_container(cfg)
+    if not privacy.silent(cfg):
+        del settings["federation"]["privacy"], settings["federation"]["secure_aggregation"]
+    text = json.dumps([OmegaConf.to_yaml(OmegaConf.create(settings)), *parts, provenance(cfg)["versions"]])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def _path(cfg: DictConfig, arm: str, rate: float, choices: bool) -> Path:
     cards = [part.to_list() for part in data.load(cfg)]
-    key = json.dumps([OmegaConf.to_yaml(cfg), arm, rate, choices, cards, provenance(cfg)["versions"]])
-    return KEPT / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    return KEPT / f"{key_of(cfg, arm, rate, choices, cards)}.npz"

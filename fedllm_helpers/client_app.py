@@ -9,12 +9,14 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from omegaconf import DictConfig, OmegaConf
 
-from fedllm_helpers import data, models, partitions, training
+from fedllm_helpers import accounting, data, dp_sgd, masked_clients, models, partitions, privacy, training
 from fedllm_helpers.compression import client_mod
 from fedllm_helpers.evaluation import score_answers
 from fedllm_helpers.messages import base_model, cpu_threads, from_record, settings, to_record
 
-app = ClientApp(mods=[client_mod])
+app = ClientApp(mods=[client_mod, masked_clients.client_mod])
+app.query("shares")(masked_clients.shares)
+app.query("reveal")(masked_clients.reveal)
 
 
 @app.query()
@@ -27,36 +29,46 @@ def introduce(message: Message, context: Context) -> Message:
     return Message(RecordDict({"metrics": MetricRecord(numbers)}), reply_to=message)
 
 
+@app.query("keys")
+def count(message: Message, context: Context) -> Message:
+    """Say how many cards one trains on, before masks: the weight of an update in a sum that nobody can take apart."""
+    hospital = int(context.node_config["partition-id"])
+    numbers = {"partition-id": hospital, "num-examples": len(own_cards(settings(context), hospital)[0])}
+    return Message(RecordDict({"metrics": MetricRecord(numbers)}), reply_to=message)
+
+
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Take the average adapter, train it on the hospital's own cards, and send it back with its numbers.
 
-    Losses are nats per answer token on the first batch of the round, before and after training on it and the others.
+    Losses are nats per answer token on the first batch of the round, before and after training on it and the others;
+    where privacy is promised, neither they nor the tokens, the seconds or the cards drawn leave the hospital.
     """
     cfg, hospital, start = settings(context), int(context.node_config["partition-id"]), time.perf_counter()
     orders, mine = message.content["config"], own_cards(cfg, hospital)[0]
     number, mu = int(orders["server-round"]), float(orders.get("proximal-mu", 0.0))
-    local, cards = training.round_config(cfg, number, hospital), cards_of_round(mine, cfg, number, hospital)
-    probe = cards.select(range(min(len(cards), local.train.training_arguments.get("per_device_train_batch_size", 8))))
+    local, plan = training.round_config(cfg, number, hospital), accounting.record_privacy(cfg, len(mine))
+    cards = mine if plan else cards_of_round(mine, cfg, number, hospital)  # DP-SGD draws from all of them
+    trainer = dp_sgd.trainer(plan, privacy.noise_seed(cfg, 1, number, hospital))
+    losses = [] if privacy.silent(cfg) else [_first_batch(cards, local)]
     with cpu_threads(cfg):
         model, tokenizer = base_model(cfg)
         models.set_adapter(model, from_record(message.content["arrays"]))
-        before = _loss(cfg, probe)
-        record = training.fine_tune(
-            model, tokenizer, cards, local, learning_rate=float(orders["lr"]), proximal_mu=mu, progress=False
-        )
-        after, adapter = _loss(cfg, probe), models.get_adapter(model)
-    metrics = {
-        "partition-id": hospital,
-        "num-examples": len(mine),
-        "examples": record.examples,
-        "tokens": record.tokens,
-        "loss-before": before,
-        "loss-after": after,
-        "train-seconds": record.seconds,
-        "seconds": time.perf_counter() - start,
-    }
+        before = [_loss(cfg, probe) for probe in losses]
+        options = {"learning_rate": float(orders["lr"]), "proximal_mu": mu, "trainer": trainer}
+        record = training.fine_tune(model, tokenizer, cards, local, **options, progress=False)
+        after, adapter = [_loss(cfg, probe) for probe in losses], models.get_adapter(model)
+    metrics = {"partition-id": hospital, "num-examples": len(mine)}
+    metrics["examples"] = record.examples if plan is None else round(plan.examples / cfg.federation.num_rounds)
+    if losses:
+        metrics |= {"tokens": record.tokens, "loss-before": before[0], "loss-after": after[0]}
+        metrics |= {"train-seconds": record.seconds, "seconds": time.perf_counter() - start}
     return Message(RecordDict({"arrays": to_record(adapter), "metrics": MetricRecord(metrics)}), reply_to=message)
+
+
+def _first_batch(cards: Dataset, local: DictConfig) -> Dataset:
+    batch = local.train.training_arguments.get("per_device_train_batch_size", 8)
+    return cards.select(range(min(len(cards), batch)))
 
 
 @app.evaluate()

@@ -68,17 +68,34 @@ def score_answers(
     Returns:
         Sums per card, in the order of ``cards``.
     """
+    options = {"prompt": prompt, "seq_length": seq_length, "batch_size": batch_size, "description": description}
+    losses = token_losses(model, tokenizer, cards, **options)
+    return AnswerScores(np.array([loss.sum() for loss in losses]), np.array([len(loss) for loss in losses], dtype=int))
+
+
+def token_losses(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cards: Dataset | list[dict],
+    *,
+    prompt: str = "short",
+    seq_length: int = 512,
+    batch_size: int = 8,
+    description: str | None = None,
+) -> list[np.ndarray]:
+    """Nats of each answer token of each card, in the order of ``cards``; arguments of :func:`score_answers`."""
     model.eval()
     rows = encode(cards, tokenizer, seq_length, prompt)
     order = np.argsort([len(row["input_ids"]) for row in rows], kind="stable")
-    nll, tokens, keep = np.zeros(len(rows)), np.zeros(len(rows), dtype=int), takes_logits_to_keep(model)
+    found, keep = [np.zeros(0)] * len(rows), takes_logits_to_keep(model)
     with _bar(len(rows), description) as bar:
         for start in range(0, len(rows), batch_size):
             index = order[start : start + batch_size]
-            loss, count = _batch_nll(model, collate([rows[i] for i in index], tokenizer, keep))
-            nll[index], tokens[index] = loss, count
+            losses, mask = _batch_losses(model, collate([rows[i] for i in index], tokenizer, keep))
+            for i, row, wanted in zip(index, losses, mask, strict=True):
+                found[i] = row[wanted]
             bar.update(len(index))
-    return AnswerScores(nll, tokens)
+    return found
 
 
 def mean_nll(scores: AnswerScores, seed: int = 0) -> Estimate:
@@ -129,7 +146,7 @@ def generate(
 
 
 @torch.no_grad()
-def _batch_nll(model: PeftModel, batch: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+def _batch_losses(model: PeftModel, batch: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
     batch = {key: value.to(model.device) for key, value in batch.items()}
     labels = batch.pop("labels")
     if "logits_to_keep" not in batch:
@@ -140,7 +157,7 @@ def _batch_nll(model: PeftModel, batch: dict[str, torch.Tensor]) -> tuple[np.nda
         logits = model(**batch, use_cache=False).logits[mask].float()
     losses = torch.zeros(labels.shape, device=labels.device)
     losses[mask] = torch.nn.functional.cross_entropy(logits, labels[mask], reduction="none")
-    return losses.double().sum(1).cpu().numpy(), mask.sum(1).cpu().numpy()
+    return losses.double().cpu().numpy(), mask.cpu().numpy()
 
 
 def _bootstrap(statistic: Callable, samples: tuple[np.ndarray, ...], seed: int) -> Estimate:

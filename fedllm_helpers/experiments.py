@@ -2,35 +2,35 @@
 
 ``python -m fedllm_helpers.experiments federated`` compares the arms of notebook 03 over several seeds. Each kind of arm
 has its own learning rate, chosen on training cards of seed 0 (some are test cards of other seeds): one for federations,
-and in each comparison one for pooled data and one for a lone hospital. ``… analysis`` takes those rates and scores the
-arms of notebook 07: the headline, other partitions and schedules, and compressed messages. ``--quick`` is a small grid
-of two minutes. What is done is not done again: each arm leaves its scores in ``build/experiments``, and tables are
-written there after each one. Those scores are read back for the same settings, cards and versions of packages: after a
-change of code, empty that folder.
+and in each comparison one for pooled data, one for a lone hospital and one for a tenth of the cards. ``… analysis``
+takes those rates and scores the arms of notebook 07: the headline, other partitions and schedules, and compressed
+messages. ``… privacy`` attacks the arms of notebook 05. ``--quick`` is a small grid of two minutes.
+
+What is done is not done again: each arm leaves its scores in ``build/experiments``, and tables are written there after
+each one. Those scores are read back for the same settings, cards and versions of packages: after a change of code,
+empty that folder.
 """
 
 import argparse
 import itertools
 import json
-import multiprocessing
-import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
-import torch
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 from fedllm_helpers import config, data
-from fedllm_helpers.arms import KEPT, Result, finished, score_arm
+from fedllm_helpers.arms import KEPT, finished, pool, run_all, score_arm
+from fedllm_helpers.audits import privacy_grid
 from fedllm_helpers.provenance import provenance
 from fedllm_helpers.results import publish, write
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+FEW_RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)  # where few cards are seen often
+FEW = ("same examples/one hospital/0", "same examples/tenth")
 HOSPITALS = 6
 SPECIALTY = "federated/specialty"
 # name: what is trained, and the settings that differ; those of the headline answer multiple-choice questions, too
@@ -78,13 +78,13 @@ def tuning_config(cfg: DictConfig, folder: Path) -> DictConfig:
     return config.load(cfg, f"dataset.name={path}", *whole)
 
 
-def tune(cfg: DictConfig, pool: ProcessPoolExecutor, path: Path) -> dict[str, float]:
+def tune(cfg: DictConfig, workers: ProcessPoolExecutor, path: Path) -> dict[str, float]:
     """The best of :data:`RATES` for each kind of arm, by held-out training cards of one seed."""
     kinds = ["federated/specialty", "same work/pooled", "same examples/pooled"]
-    kinds += ["same work/one hospital/0", "same work/one hospital/3", "same examples/one hospital/0"]  # for all six
+    kinds += ["same work/one hospital/0", "same work/one hospital/3"]  # for all six
     KEPT.mkdir(parents=True, exist_ok=True)
-    tuning = tuning_config(cfg, KEPT)
-    jobs = {(arm, rate): partial(score_arm, tuning, arm, rate) for arm, rate in itertools.product(kinds, RATES)}
+    tuning, tried = tuning_config(cfg, KEPT), [*itertools.product(kinds, RATES), *itertools.product(FEW, FEW_RATES)]
+    jobs = {(arm, rate): partial(score_arm, tuning, arm, rate) for arm, rate in tried}
     rows = [
         {
             "arm": _kind(arm),
@@ -92,13 +92,13 @@ def tune(cfg: DictConfig, pool: ProcessPoolExecutor, path: Path) -> dict[str, fl
             "nll": result.scores.nll.sum() / result.scores.tokens.sum(),
             "n": len(result.scores.nll),
         }
-        for (arm, rate), result in _run(pool, jobs, "tuning")
+        for (arm, rate), result in run_all(workers, jobs, "tuning")
     ]
     table = pd.DataFrame(rows).groupby(["arm", "learning_rate"], as_index=False).mean()
     table.round(4).to_csv(path, index=False)
     best = table.loc[table.groupby("arm")["nll"].idxmin()].set_index("arm")["learning_rate"].to_dict()
     for arm, rate in best.items():
-        if rate in (min(RATES), max(RATES)):
+        if rate in (min(FEW_RATES if f"{arm}/0" in FEW or arm in FEW else RATES), max(RATES)):
             print(f"{arm}: the best rate, {rate}, is at the edge of those tried")
     return best
 
@@ -107,15 +107,15 @@ def federated(seeds: list[int], folder: Path, processes: int) -> None:
     """Tune, train and score every arm; write one row per seed and test card, a column per arm (summed nats)."""
     cfg, start = config.load("cpu", "federation.threads=1"), time.perf_counter()
     rates_path, cards_path = folder / "federated_rates.csv", folder / "federated_cards.csv"
-    with _pool(processes) as pool:
-        rates = tune(cfg, pool, rates_path)
+    with pool(processes) as workers:
+        rates = tune(cfg, workers, rates_path)
         rates["federated/iid"], rates["untuned"] = rates["federated/specialty"], 0.0
         seeded = {seed: config.load(cfg, f"seed={seed}") for seed in seeds}
         jobs = {
             (seed, arm): partial(score_arm, seeded[seed], arm, rates[_kind(arm)])
             for seed, arm in itertools.product(seeds, arms())
         }
-        results = dict(_run(pool, jobs, "arms"))
+        results = dict(run_all(workers, jobs, "arms"))
     tables = []
     for seed, settings in seeded.items():
         test = data.load(settings)[1].select_columns(["card_id", "specialty"]).to_pandas()
@@ -126,15 +126,10 @@ def federated(seeds: list[int], folder: Path, processes: int) -> None:
     (folder / "federated.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
 
 
-def _kind(arm: str) -> str:
-    return "/".join(arm.split("/")[:2])
-
-
 def analysis(seeds: list[int], folder: Path, processes: int, names: list[str], quick: bool = False) -> None:
     """Score the arms of notebook 07; after each, write the tables into ``build/experiments``, and all at the end.
 
-    The rates are those that the federated grid chose. A tenth of the pooled cards takes the rate of a lone hospital,
-    whose cards are few, too. The two lone hospitals of a seed are others in each of three seeds.
+    The rates are those that the federated grid chose. The two lone hospitals are others in each of three seeds.
 
     Args:
         seeds: of split, start and order.
@@ -145,7 +140,7 @@ def analysis(seeds: list[int], folder: Path, processes: int, names: list[str], q
     """
     start, chosen = time.perf_counter(), json.loads((folder / "federated.json").read_text(encoding="utf-8"))
     cfg, rates = config.load("cpu", "federation.threads=1", *(SMALL if quick else [])), chosen["learning_rates"]
-    rates["same examples/tenth"], rates["federated/dirichlet"] = rates["same examples/one hospital"], rates[SPECIALTY]
+    rates["federated/dirichlet"] = rates[SPECIALTY]
     jobs, done, used, order = {}, {}, {}, list(itertools.product(ANALYSIS, seeds))
     for name, seed in order:
         arm, changes = ANALYSIS[name]
@@ -159,8 +154,8 @@ def analysis(seeds: list[int], folder: Path, processes: int, names: list[str], q
         elif name in names:
             jobs[name, seed] = partial(score_arm, *given)
     stem = KEPT / ("quick" if quick else "analysis")
-    with _pool(processes) as pool:
-        for key, result in itertools.chain(list(done.items())[:1], _run(pool, jobs, "arms")):
+    with pool(processes) as workers:
+        for key, result in itertools.chain(list(done.items())[:1], run_all(workers, jobs, "arms")):
             done[key] = result
             seconds = round(time.perf_counter() - start)
             write(stem, cfg, [key for key in order if key in done], done, used, seeds=seeds, seconds=seconds)
@@ -168,30 +163,14 @@ def analysis(seeds: list[int], folder: Path, processes: int, names: list[str], q
         publish(stem, folder / stem.name)
 
 
-def _pool(processes: int) -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,))
-
-
 def _kind(arm: str) -> str:
     return "/".join(arm.split("/")[:2])
-
-
-def _run(pool: ProcessPoolExecutor, jobs: dict, description: str) -> Iterator[tuple[tuple, Result]]:
-    """(name, result) of the jobs as they finish."""
-    waiting = {pool.submit(job): name for name, job in jobs.items()}
-    try:
-        for future in tqdm(as_completed(waiting), total=len(jobs), desc=description, file=sys.stdout):
-            yield waiting[future], future.result()
-    except BaseException:  # an arm failed, or the grid is interrupted: what has not begun need not begin
-        pool.shutdown(cancel_futures=True)
-        raise
 
 
 def main() -> None:
     """Command line of the grids."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("grid", choices=["federated", "analysis"])
+    parser.add_argument("grid", choices=["federated", "analysis", "privacy"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("notebooks/results"))
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
@@ -208,6 +187,8 @@ def main() -> None:
         seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
         names = arguments.arms or list(QUICK if arguments.quick else ANALYSIS)
         analysis(seeds, arguments.folder, arguments.processes, names, arguments.quick)
+    elif arguments.grid == "privacy":
+        privacy_grid(arguments.seeds, arguments.folder, arguments.processes)
     else:
         federated(arguments.seeds, arguments.folder, arguments.processes)
 

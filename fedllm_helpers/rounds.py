@@ -1,7 +1,7 @@
 """One round of a federation on the server: who is there, who is asked, and what came back."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +13,10 @@ from flwr.serverapp.strategy import Strategy
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from fedllm_helpers import aggregation
+from fedllm_helpers import aggregation, privacy
 from fedllm_helpers.compression import decompress, request_arrays
+from fedllm_helpers.masked_clients import SENT
+from fedllm_helpers.masked_rounds import Session, as_reply
 from fedllm_helpers.messages import message_bytes, to_record
 from fedllm_helpers.models import Adapter
 from fedllm_helpers.nodes import reason, send, sender
@@ -53,18 +55,63 @@ def run_round(
     nodes, first, errors = {hospital: node for node, hospital in names.items()}, len(tables.clients), []
     asked = sample(cfg, step, nodes)
     request = _request(cfg, strategy, step, adapter, nodes[asked[0]])
-    usable = _screened(cfg, _answers(grid, cfg, request, asked, names), adapter, step, request, tables, errors, shown)
-    combined = aggregation.combine(strategy, step.number, usable, cfg.federation.min_replies)
+    combine = _combine_masked if cfg.federation.secure_aggregation.threshold else _combine_open
+    combined, more = combine(grid, cfg, strategy, step, adapter, names, asked, request, tables, errors, shown)
     if combined is not None and not all(np.isfinite(value).all() for value in combined.values()):
         raise RuntimeError(f"round {step.number}: {cfg.federation.strategy} made finite adapters into one that is not")
     silent, nothing = set(asked) - {row[1] for row in tables.clients[first:]}, [float("nan")] * len(NUMBERS)
     down = message_bytes(request)
     tables.clients.extend((step.number, hospital, "no reply", down, 0, *nothing) for hospital in sorted(silent))
-    row = _summary(step, tables.clients[first:])
+    row = _summary(step, tables.clients[first:], *more)
     _say_what_is_missing(cfg, row, errors, tables)
     if cfg.federation.fraction_evaluate:
         _evaluate_at_clients(grid, cfg, step, combined or adapter, nodes, row)
     return combined or adapter, row
+
+
+def _combine_open(
+    grid: Grid, cfg: DictConfig, strategy: Strategy, step: Round, adapter: Adapter, names: dict[int, int],
+    asked: list[int], request: Message, tables: Tables, errors: list[str], shown: tqdm,
+) -> tuple[Adapter | None, tuple[int, int]]:  # fmt: skip
+    """The replies one by one, combined as the strategy does; no bytes beside the messages in the table."""
+
+    def check(reply: Message) -> str | None:
+        """Why it cannot be used."""
+        return decompress(cfg, reply, adapter) or aggregation.fault(reply, adapter, privacy.silent(cfg))
+
+    answers = _answers(grid, cfg, request, asked, names)
+    usable = _screened(answers, step, check, message_bytes(request), tables, errors, shown)
+    tidy = (privacy.bounded(cfg, aggregation.tidied(reply, adapter), adapter) for _, reply in usable)
+    finish = privacy.finish(cfg, step.number)
+    return aggregation.combine(strategy, step.number, tidy, cfg.federation.min_replies, finish), (0, 0)
+
+
+def _combine_masked(
+    grid: Grid, cfg: DictConfig, strategy: Strategy, step: Round, adapter: Adapter, names: dict[int, int],
+    asked: list[int], request: Message, tables: Tables, errors: list[str], shown: tqdm,
+) -> tuple[Adapter | None, tuple[int, int]]:  # fmt: skip
+    """The sum of masked replies, opened; and the bytes of keys, shares and openings, down and up."""
+    session = Session(grid, cfg, step.number, {hospital: node for node, hospital in names.items()})
+    size, first, opened = sum(value.size for value in adapter.values()), len(tables.clients), None
+    present = session.begin(asked)
+    if present:
+        request.content[SENT] = session.orders()
+        answers = _answers(grid, cfg, request, present, names)
+        for hospital, reply in _screened(
+            answers, step, lambda r: session.fault(r, size), message_bytes(request), tables, errors, shown
+        ):
+            session.add(hospital, reply)
+        if len(session.survivors) >= cfg.federation.min_replies:
+            opened = session.end(adapter)
+    if opened is None:
+        needed = max(session.threshold, cfg.federation.min_replies)
+        errors.append(f"the sum stayed closed: {len(session.survivors)} masked updates arrived, {needed} are needed")
+        closed = [(*row[:2], "not opened", *row[3:]) if row[2] == "used" else row for row in tables.clients[first:]]
+        tables.clients[first:] = closed
+        return None, (session.bytes_down, session.bytes_up)
+    finish = privacy.finish(cfg, step.number)
+    mean = finish(*opened) if finish else opened[0]
+    return aggregation.combine(strategy, step.number, [as_reply(mean, request)]), (session.bytes_down, session.bytes_up)
 
 
 def _answers(
@@ -105,40 +152,39 @@ def _say_what_is_missing(cfg: DictConfig, row: dict[str, Any], errors: list[str]
 
 
 def _screened(
-    cfg: DictConfig,
     answers: Iterable[tuple[int | None, Message]],
-    adapter: Adapter,
     step: Round,
-    request: Message,
+    check: Callable[[Message], str | None],
+    down: int,
     tables: Tables,
     errors: list[str],
     shown: tqdm,
-) -> Iterator[Message]:
+) -> Iterator[tuple[int, Message]]:
     """The usable replies as they come; every reply leaves a row, every rejected one a line in the log."""
-    down = message_bytes(request)
     for hospital, reply in answers:
         if hospital is None:
             logger.warning("round %d: a reply of an unknown node is left out", step.number)
             continue
-        up, why = message_bytes(reply), decompress(cfg, reply, adapter) or aggregation.fault(reply, adapter)
+        up, why = message_bytes(reply), check(reply)
         numbers = {} if reply.has_error() else next(iter(reply.content.metric_records.values()), {})
         figures = {name: _number(numbers.get(name)) for name in NUMBERS}
         tables.clients.append((step.number, hospital, why or "used", down, up, *figures.values()))
         shown.set_description(f"round {step.number}", refresh=False)
-        shown.set_postfix_str(f"loss {figures['loss-after']:.2f}", refresh=False)
+        if "loss-after" in numbers:
+            shown.set_postfix_str(f"loss {figures['loss-after']:.2f}", refresh=False)
         shown.update()
         if why:
             errors.append(reason(reply) if reply.has_error() else f"hospital {hospital}: {why}")
             logger.warning("round %d: hospital %d is left out: %s", step.number, hospital, why)
         else:
-            yield aggregation.tidied(reply, adapter)
+            yield hospital, reply
 
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else float("nan")
 
 
-def _summary(step: Round, rows: list[tuple]) -> dict[str, Any]:
+def _summary(step: Round, rows: list[tuple], more_down: int = 0, more_up: int = 0) -> dict[str, Any]:
     frame = pd.DataFrame(rows, columns=CLIENTS)
     used = frame[frame["status"] == "used"]
     weights = used["cards"] / used["cards"].sum()
@@ -148,11 +194,11 @@ def _summary(step: Round, rows: list[tuple]) -> dict[str, Any]:
         "asked": len(frame),
         "used": len(used),
         "examples": int(used["examples"].sum()),
-        "tokens": int(used["tokens"].sum()),
-        "loss_before": float((weights * used["loss_before"]).sum()),
-        "loss_after": float((weights * used["loss_after"]).sum()),
-        "bytes_down": int(frame["bytes_down"].sum()),
-        "bytes_up": int(frame["bytes_up"].sum()),
+        "tokens": int(used["tokens"].sum()),  # 0 where privacy is promised: hospitals do not tell
+        "loss_before": float((weights * used["loss_before"]).sum(skipna=False)),
+        "loss_after": float((weights * used["loss_after"]).sum(skipna=False)),
+        "bytes_down": int(frame["bytes_down"].sum()) + more_down,
+        "bytes_up": int(frame["bytes_up"].sum()) + more_up,
         "client_seconds": float(frame["seconds"].sum()),
     }
 

@@ -85,6 +85,47 @@ class Compression:
 
 
 @dataclass
+class RecordPrivacy:
+    """DP-SGD at every hospital: hides any one of its cards from whoever sees its adapters."""
+
+    epsilon: float | None = _setting(
+        None, "ε of a hospital's cards over all rounds; the noise follows from it", low=1e-6
+    )
+    noise_multiplier: float | None = _setting(None, "or the noise of a step, in units of clipping_norm", low=0)
+    clipping_norm: float = _setting(1.0, "largest norm of one card's gradient", low=1e-9)
+    delta: float = _setting(1e-3, "probability that the promise fails; below 1 / cards", low=1e-30, high=0.5)
+
+
+@dataclass
+class ClientPrivacy:
+    """Noise on the average: hides any one hospital from whoever sees the average, though not from the server."""
+
+    noise_multiplier: float | None = _setting(
+        None, "noise of a round, in units of what one hospital can move; null for none", low=0
+    )
+    clipping_norm: float = _setting(1.0, "largest norm of one hospital's update", low=1e-9)
+    delta: float = _setting(1e-2, "probability that the promise fails; below 1 / hospitals", low=1e-30, high=0.5)
+    weights: str = _setting("uniform", "of the hospitals in the average", choices=("uniform", "cards"))
+
+
+@dataclass
+class Privacy:
+    """What is done so that less leaks; see :mod:`fedllm_helpers.privacy`."""
+
+    record: RecordPrivacy = field(default_factory=RecordPrivacy)
+    client: ClientPrivacy = field(default_factory=ClientPrivacy)
+    noise_seed: int | None = _setting(None, "repeats the noise, for study; null draws it from the system", low=0)
+
+
+@dataclass
+class SecureAggregation:
+    """The server learns the sum of the updates and no single one; see :mod:`fedllm_helpers.secure_aggregation`."""
+
+    threshold: int | None = _setting(None, "hospitals without which no sum can be opened; null for no masks", low=2)
+    value_range: float = _setting(1.0, "largest magnitude of an update's value; what is larger is cut", low=1e-9)
+
+
+@dataclass
 class Federation:
     """Which hospitals train together, on what, for how long, and how their adapters are combined."""
 
@@ -105,6 +146,8 @@ class Federation:
     evaluate_cards: int | None = _setting(48, "held-out cards for them; null for all", low=2)
     threads: int | None = _setting(None, "CPU threads of a hospital; null for as many as the process has", low=1)
     compression: Compression = field(default_factory=Compression)
+    privacy: Privacy = field(default_factory=Privacy)
+    secure_aggregation: SecureAggregation = field(default_factory=SecureAggregation)
 
 
 @dataclass

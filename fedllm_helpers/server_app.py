@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import Strategy
 from omegaconf import DictConfig
 from platformdirs import user_data_path
 
-from fedllm_helpers import aggregation, checkpoints, compression, data, models, training
+from fedllm_helpers import aggregation, checkpoints, compression, data, models, privacy, training
 from fedllm_helpers.evaluation import score_answers
 from fedllm_helpers.messages import base_model, cpu_threads, first_adapter, quiet_flower, settings, to_record
 from fedllm_helpers.nodes import hospitals, join
@@ -153,6 +153,8 @@ def _restore(
         grid.remember(before.states)
     elif before.states or compression.remembers(cfg):
         logger.warning("what hospitals had not sent yet (error feedback) is not in the checkpoint: it is lost")
+    if privacy.silent(cfg):
+        logger.warning("a round that was cut off is sent again: its privacy is paid for twice, and counted once")
     aggregation.restore_strategy(strategy, before.strategy_arrays, before.strategy_kinds)
     return before.adapter, Tables(before.history, before.clients), before.number
 

@@ -23,7 +23,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from omegaconf import DictConfig, OmegaConf
 
-from fedllm_helpers import aggregation, client_app, server_app, training
+from fedllm_helpers import aggregation, client_app, masked_clients, server_app, training
 from fedllm_helpers.messages import from_record, quiet_flower
 from fedllm_helpers.models import Adapter
 from fedllm_helpers.provenance import provenance
@@ -161,8 +161,12 @@ class InProcessGrid(Grid):
         return (self._deliver(message) for message in messages)
 
     def remembered(self) -> dict[str, np.ndarray]:
-        """What clients remember, as bytes by node."""
-        whole = {str(node): recorddict_to_proto(state).SerializeToString() for node, state in self.states.items()}
+        """What clients remember, as bytes by node; the secrets of a masked round are nobody else's."""
+        states = {
+            node: RecordDict({name: record for name, record in state.items() if name != masked_clients.KEPT})
+            for node, state in self.states.items()
+        }
+        whole = {str(node): recorddict_to_proto(state).SerializeToString() for node, state in states.items() if state}
         return {node: np.frombuffer(state, np.uint8) for node, state in whole.items()}
 
     def remember(self, states: dict[str, np.ndarray]) -> None:

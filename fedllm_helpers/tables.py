@@ -52,6 +52,7 @@ def bar(plan: list[Round], shown: bool) -> tqdm:
 
 def report(row: dict[str, Any], total: int) -> str:
     """A row of the history as a line of a log."""
-    line = f"round {row['round']} of {total}: {row['used']} of {row['asked']} hospitals, "
-    line += f"loss {row['loss_before']:.2f} before and {row['loss_after']:.2f} after their training"
+    line = f"round {row['round']} of {total}: {row['used']} of {row['asked']} hospitals"
+    if row["loss_after"] == row["loss_after"]:  # where privacy is promised, they do not tell
+        line += f", loss {row['loss_before']:.2f} before and {row['loss_after']:.2f} after their training"
     return f"{line}, held-out NLL of the average {row['nll']:.2f}" if "nll" in row else line

@@ -39,10 +39,9 @@ HISTORY = ["step", "loss", "learning_rate"]
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What one training did.
+    """What one training did: ``examples`` and ``tokens`` went through the model, and how much of its input was padding.
 
-    ``history`` has a row per logged step: ``step``, ``loss`` (nats per answer token), ``learning_rate``; ``examples``
-    and ``tokens`` went through the model; ``padding_share`` is the part of its input that was padding.
+    ``history`` has a row per logged step: ``step``, ``loss`` (nats per answer token), ``learning_rate``.
     """
 
     history: pd.DataFrame
@@ -70,6 +69,7 @@ def fine_tune(
     *,
     learning_rate: float | None = None,
     proximal_mu: float = 0.0,
+    trainer: Callable[..., "AdapterTrainer"] | None = None,
     description: str = "training",
     progress: bool = True,
 ) -> TrainingRecord:
@@ -82,6 +82,7 @@ def fine_tune(
         learning_rate: in place of the configured one; a federation sets it round by round.
         proximal_mu: μ of FedProx, which adds ½ μ‖w − w₀‖² to the loss, w₀ the adapter as it comes (Li et al. 2020,
             arXiv:1812.06127); the loss reported is without it.
+        trainer: makes another Trainer, such as one with DP-SGD (:func:`fedllm_helpers.dp_sgd.trainer`).
         description: of the progress bar.
         progress: whether to show the bar, with loss and time left.
 
@@ -97,7 +98,7 @@ def fine_tune(
     before, bar = models.get_adapter(model), [_ProgressBar(description)] if progress else []
     with tempfile.TemporaryDirectory() as scratch:
         arguments = _training_arguments(cfg, model.device.type, learning_rate, scratch)
-        trainer = _AdapterTrainer(model, arguments, collator, rows, bar, proximal_mu)
+        trainer = (trainer or AdapterTrainer)(model, arguments, collator, rows, bar, proximal_mu)
         start = time.perf_counter()
         try:
             trainer.train()
@@ -109,9 +110,13 @@ def fine_tune(
             model.eval()
     seconds = time.perf_counter() - start
     _release_memory()
-    logged = [row for row in trainer.state.log_history if "loss" in row]
-    history, padding = pd.DataFrame(logged, columns=HISTORY), 1 - trainer.tokens / trainer.cells
-    return TrainingRecord(history, trainer.examples, trainer.tokens, padding, seconds)
+    return _record(trainer, seconds)
+
+
+def _record(trainer: "AdapterTrainer", seconds: float) -> TrainingRecord:
+    history = pd.DataFrame([row for row in trainer.state.log_history if "loss" in row], columns=HISTORY)
+    share = 1 - trainer.tokens / max(trainer.cells, 1)
+    return TrainingRecord(history, trainer.examples, trainer.tokens, share, seconds)
 
 
 def rounds(cfg: DictConfig) -> list[Round]:
@@ -176,7 +181,7 @@ def _training_arguments(cfg: DictConfig, device: str, learning_rate: float | Non
     return {**ours, **given, **({} if learning_rate is None else {"learning_rate": learning_rate})}
 
 
-class _AdapterTrainer(Trainer):
+class AdapterTrainer(Trainer):
     """A Trainer whose checkpoints are adapter folders: safetensors, nothing pickled."""
 
     def __init__(

@@ -103,11 +103,11 @@ def test_the_stored_tables_agree_with_each_other():
 
 def test_one_pool_runs_one_set_of_jobs_after_the_other():
     """The federated grid tunes, and trains with the rates that it found."""
-    with experiments._pool(1) as pool:
+    with arms.pool(1) as pool:
         for value in ("3", "4"):
-            assert dict(experiments._run(pool, {"a": partial(int, value)}, "jobs")) == {"a": int(value)}
+            assert dict(arms.run_all(pool, {"a": partial(int, value)}, "jobs")) == {"a": int(value)}
         with pytest.raises(ValueError, match="invalid literal"):
-            list(experiments._run(pool, {"a": partial(int, "no number")}, "jobs"))
+            list(arms.run_all(pool, {"a": partial(int, "no number")}, "jobs"))
 
 
 def test_an_unknown_arm_is_named():

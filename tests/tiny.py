@@ -3,7 +3,7 @@
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
-from fedllm_helpers import config, server_app, simulation
+from fedllm_helpers import config, masked_clients, server_app, simulation
 
 START = {"b.A": np.zeros((2, 5), np.float32), "a.B": np.ones((3, 2), np.float32)}  # not in the alphabet's order
 
@@ -22,7 +22,8 @@ def client(faults=None, seen=None, orders=None):
     def app(message, context):
         hospital, hospitals = context.node_config["partition-id"], context.node_config["num-partitions"]
         numbers = {"partition-id": hospital, "num-partitions": hospitals}
-        if message.metadata.message_type == "query":
+        if message.metadata.message_type.startswith("query"):
+            numbers |= {"num-examples": 10 * (hospital + 1)}
             return Message(RecordDict({"metrics": MetricRecord(numbers)}), reply_to=message)
         number = message.content["config"]["server-round"]
         if seen is not None:
@@ -42,6 +43,17 @@ def client(faults=None, seen=None, orders=None):
         return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord(numbers)}), reply_to=message)
 
     return app
+
+
+def masked(app):
+    """A ClientApp with the mod and its two answers."""
+    answers = {"query.shares": masked_clients.shares, "query.reveal": masked_clients.reveal}
+
+    def whole(message, context):
+        answer = answers.get(message.metadata.message_type)
+        return answer(message, context) if answer else masked_clients.client_mod(message, context, app)
+
+    return whole
 
 
 def settings(*overrides, hospitals=4, rounds=3):
