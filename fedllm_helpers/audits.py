@@ -30,13 +30,16 @@ SETTINGS = [
     "model.lora.peft_lora_alpha=16",
     "federation.num_clients=4",
     "federation.num_rounds=3",
-    "federation.training_arguments.max_steps=4",
-    "federation.training_arguments.per_device_train_batch_size=12",
+    "federation.training_arguments.max_steps=12",
+    "federation.training_arguments.per_device_train_batch_size=4",
     "federation.evaluate_every=0",
 ]
 VICTIM, COPIES = "cardiovascular system", (0, 1, 4, 16)
-FEDERATED, RECORD = "federated/specialty", "federation.privacy.record.epsilon="
-CLIENT = "federation.privacy.client.clipping_norm=2 federation.privacy.client.noise_multiplier="
+FEDERATED = "federated/specialty"
+# with noise the same cards in fewer, larger batches: the signal grows with a batch, and the noise does not
+BATCHES = "federation.training_arguments.max_steps=4 federation.training_arguments.per_device_train_batch_size=12"
+RECORD = f"{BATCHES} federation.privacy.record.epsilon="
+CLIENT = f"{BATCHES} federation.privacy.client.clipping_norm=2 federation.privacy.client.noise_multiplier="
 # name: what is trained, its largest learning rate, and the settings that differ
 PRIVACY = {
     "untuned": ("untuned", 0.0, ""),
