@@ -203,7 +203,7 @@ def _likelihood(model: PeftModel, rows: list[list[int]], batch: int = 128) -> np
             found.append(
                 torch.cat([begin.logits[:, -1:].expand(len(some), -1, -1), rest], dim=1).float().log_softmax(-1)
             )
-    chosen = torch.cat(found)[place].gather(2, ids.unsqueeze(2)).squeeze(2)
+    chosen = torch.cat(found)[place.unsqueeze(1), torch.arange(differ, device=model.device), ids]
     return (chosen * valid).sum(1).double().cpu().numpy()
 
 

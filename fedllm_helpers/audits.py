@@ -45,6 +45,7 @@ PRIVACY = {
     "untuned": ("untuned", 0.0, ""),
     "pooled": ("same examples/pooled", 4e-3, ""),
     "federated": (FEDERATED, 8e-3, ""),
+    "large batches": (FEDERATED, 8e-3, BATCHES),  # what they alone change, without noise
     "record ε = 32": (FEDERATED, 2e-2, f"{RECORD}32"),
     "record ε = 8": (FEDERATED, 2e-2, f"{RECORD}8"),
     "record ε = 2": (FEDERATED, 2e-2, f"{RECORD}2"),
@@ -167,8 +168,8 @@ def privacy_grid(seeds: list[int], folder: Path, processes: int, each: int = 3) 
         processes: that train at the same time.
         each: canaries per number of copies.
     """
-    start, cfg = time.perf_counter(), config.load("cpu", "federation.threads=1", *SETTINGS)
-    jobs = {}
+    cfg, jobs = config.load("cpu", "federation.threads=1", *SETTINGS), {}
+
     for seed, (name, (arm, rate, changes)) in itertools.product(seeds, PRIVACY.items()):
         seeded = config.load(cfg, f"seed={seed}", f"federation.privacy.noise_seed={seed}", *changes.split())
         jobs[seed, name] = partial(audit_arm, seeded, arm, rate, each)
@@ -183,7 +184,6 @@ def privacy_grid(seeds: list[int], folder: Path, processes: int, each: int = 3) 
     names = ("trained", "learning_rate", "settings")
     more = {
         "seeds": seeds,
-        "seconds": round(time.perf_counter() - start),
         "arms": {name: dict(zip(names, arm, strict=True)) for name, arm in PRIVACY.items()},
         "training_seconds": {n: round(float(np.mean([found[seed, n].seconds for seed in seeds]))) for n in PRIVACY},
         "guarantees": _guarantees(cfg, each),
