@@ -28,8 +28,11 @@ def clip(update: Adapter, clipping_norm: float) -> Adapter:
 
     Source: McMahan et al. 2018, arXiv:1710.06963.
     """
-    factor = min(1.0, clipping_norm / max(norm(update), 1e-12)) * (1 - 1e-6)  # rounding to float32 must not exceed it
-    return update if factor > 1 - 2e-6 else {key: (value * factor).astype(value.dtype) for key, value in update.items()}
+    size = norm(update)
+    if size <= clipping_norm:
+        return update
+    factor = clipping_norm / size * (1 - 1e-6)  # rounding to float32 must not exceed it
+    return {key: (value * factor).astype(value.dtype) for key, value in update.items()}
 
 
 def noisy(mean: Adapter, sensitivity: float, noise_multiplier: float, generator: np.random.Generator) -> Adapter:

@@ -55,7 +55,7 @@ def test_clipping_bounds_the_norm_and_leaves_what_is_shorter():
     update = {"a": rng.normal(size=(30, 5)).astype(np.float32), "b": rng.normal(size=7).astype(np.float32)}
     whole = math.sqrt(sum((value.astype(float) ** 2).sum() for value in update.values()))
     assert privacy.norm(update) == pytest.approx(whole)
-    for limit in (1e-6, 0.5, 0.99 * whole):
+    for limit in (1e-6, 0.5, 0.99 * whole, (1 - 3e-7) * whole):  # also by less than float32 can tell
         short = privacy.clip(update, limit)
         assert 0.999 * limit < privacy.norm(short) <= limit
         np.testing.assert_allclose(short["a"] / short["a"][0, 0], update["a"] / update["a"][0, 0], rtol=1e-4)
