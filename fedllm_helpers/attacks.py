@@ -109,7 +109,7 @@ def exposure(model: PeftModel, tokenizer: PreTrainedTokenizerBase, canary: Canar
     notebook 05.
     """
     texts = [f"{format_prompt(canary.question, prompt)} {canary.answer(f'{n:03d}')}" for n in range(SECRETS)]
-    likelihood = _likelihood(model, tokenizer(texts)["input_ids"])
+    likelihood = np.nan_to_num(_likelihood(model, tokenizer(texts)["input_ids"]), nan=-np.inf)  # of a broken model
     own = likelihood[int(canary.secret)]
     better, ties = (likelihood > own).sum(), (likelihood == own).sum() - 1
     return float(np.log2(SECRETS) - np.log2(better + ties / 2 + 1))
@@ -195,11 +195,12 @@ def _likelihood(model: PeftModel, rows: list[list[int]], batch: int = 128) -> np
         begin = model(input_ids=torch.tensor([rows[0][:shared]], device=model.device), use_cache=True)
         if differ == 1:
             return begin.logits[0, -1].float().log_softmax(-1)[ids[:, 0]].double().cpu().numpy()
+        name = "cache" if "cache" in begin else "past_key_values"  # its name as of transformers 5.24, and before
         heads, place = torch.unique(ids[:, :-1], dim=0, return_inverse=True)  # lines that share all but the last token
         for some in heads.split(batch):
-            cache = copy.deepcopy(begin.past_key_values)
+            cache = copy.deepcopy(begin[name])
             cache.batch_repeat_interleave(len(some))
-            rest = model(input_ids=some, past_key_values=cache, use_cache=True).logits
+            rest = model(input_ids=some, use_cache=True, **{name: cache}).logits
             found.append(
                 torch.cat([begin.logits[:, -1:].expand(len(some), -1, -1), rest], dim=1).float().log_softmax(-1)
             )

@@ -4,7 +4,8 @@
 has its own learning rate, chosen on training cards of seed 0 (some are test cards of other seeds): one for federations,
 and in each comparison one for pooled data, one for a lone hospital and one for a tenth of the cards. ``… analysis``
 takes those rates and scores the arms of notebook 07: the headline, other partitions and schedules, and compressed
-messages. ``… privacy`` attacks the arms of notebook 05. ``--quick`` is a small grid of two minutes.
+messages. ``… privacy`` attacks the arms of notebook 05, and ``… views`` its single updates. ``--quick`` is a small grid
+of two minutes.
 
 What is done is not done again: each arm leaves its scores in ``build/experiments``, and tables are written there after
 each one. Those scores are read back for the same settings, cards and versions of packages: after a change of code,
@@ -27,6 +28,7 @@ from fedllm_helpers.arms import KEPT, finished, pool, run_all, score_arm
 from fedllm_helpers.audits import privacy_grid
 from fedllm_helpers.provenance import provenance
 from fedllm_helpers.results import publish, write
+from fedllm_helpers.views import views_grid
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 FEW_RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)  # where few cards are seen often
@@ -170,7 +172,7 @@ def _kind(arm: str) -> str:
 def main() -> None:
     """Command line of the grids."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("grid", choices=["federated", "analysis", "privacy"])
+    parser.add_argument("grid", choices=["federated", "analysis", "privacy", "views"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("notebooks/results"))
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
@@ -189,6 +191,8 @@ def main() -> None:
         analysis(seeds, arguments.folder, arguments.processes, names, arguments.quick)
     elif arguments.grid == "privacy":
         privacy_grid(arguments.seeds, arguments.folder, arguments.processes)
+    elif arguments.grid == "views":
+        views_grid(arguments.seeds, arguments.folder, arguments.processes)
     else:
         federated(arguments.seeds, arguments.folder, arguments.processes)
 

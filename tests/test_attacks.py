@@ -51,6 +51,11 @@ def test_exposure_is_the_rank_among_all_secrets(fresh):
         assert attacks.exposure(model, tokenizer, other) == pytest.approx(bits, abs=0.01)
 
 
+def test_a_model_that_gives_no_numbers_knows_nothing(fresh, monkeypatch):
+    monkeypatch.setattr(attacks, "_likelihood", lambda *given: np.full(1000, np.nan))
+    assert attacks.exposure(*fresh, attacks.canaries((0,))[0]) == pytest.approx(np.log2(1000 / 500.5))
+
+
 def test_a_canary_that_was_learned_is_exposed_and_read_out(fresh, cards):
     model, tokenizer = fresh
     planted = attacks.canaries((0, 16), seed=3)
