@@ -11,7 +11,7 @@ from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import Strategy
 from omegaconf import DictConfig, OmegaConf
 
-from fedllm_helpers import privacy
+from fedllm_helpers import factors, privacy, rule_checks
 from fedllm_helpers.messages import from_record, to_record
 from fedllm_helpers.models import Adapter
 from fedllm_helpers.nodes import reason
@@ -32,7 +32,7 @@ def weighted_mean(adapters: Iterable[tuple[Adapter, float]]) -> Adapter:
         Arrays of the first adapter's keys, shapes and dtypes.
 
     Raises:
-        ValueError: no adapter, keys or shapes that differ, or weights that sum to 0.
+        ValueError: no adapter, keys or shapes that differ, a weight below 0 or not finite, or weights that sum to 0.
     """
     total, sums, dtypes = 0.0, {}, {}
     for adapter, weight in adapters:
@@ -42,6 +42,7 @@ def weighted_mean(adapters: Iterable[tuple[Adapter, float]]) -> Adapter:
         reason = difference(adapter, {key: value.shape for key, value in sums.items()})
         if reason:
             raise ValueError(f"adapters cannot be averaged: {reason}")
+        factors.shares([weight, 1.0])  # finite, and from 0
         total += weight
         for key, value in adapter.items():
             sums[key] += weight * value.astype(np.float64)
@@ -115,7 +116,7 @@ def make_strategy(cfg: DictConfig) -> Strategy:
     everyone = {"fraction_train": 1.0, "fraction_evaluate": 1.0}
     fewest = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
     name, given = cfg.federation.strategy, OmegaConf.to_container(cfg.federation.strategy_arguments)
-    privacy.check(cfg)
+    privacy.check(cfg), rule_checks.check(cfg)
     how = cfg.federation
     hidden = how.privacy.client.noise_multiplier is not None or how.secure_aggregation.threshold is not None
     if hidden and name not in AVERAGING:

@@ -121,6 +121,14 @@ def finished(cfg: DictConfig, arm: str, rate: float, choices: bool = False) -> R
     return Result(AnswerScores(kept["nll"], kept["tokens"]), kept["right"], *numbers)
 
 
+def tuning_config(cfg: DictConfig, folder: Path) -> DictConfig:
+    """The same federation on its training cards alone, a tenth of them held out: no test card is in it."""
+    path = folder / "training_cards.json"
+    path.write_text(json.dumps(data.load(cfg)[0].to_list()), encoding="utf-8")
+    whole = ["dataset.specialties=null", "dataset.max_cards_per_specialty=null", "train.evaluate_split=0.1"]
+    return config.load(cfg, f"dataset.name={path}", *whole)
+
+
 def run_all(workers: ProcessPoolExecutor, jobs: dict, description: str) -> Iterator[tuple[tuple, Any]]:
     """(name, result) of the jobs as they finish, with a bar; the first failure stops what has not begun."""
     waiting = {workers.submit(job): name for name, job in jobs.items()}

@@ -23,7 +23,8 @@ KEPT = 2  # the newest rounds: were one damaged, the one before it is there
 class Checkpoint:
     """State after a round: the adapter, what strategy and clients remember, and the rows of the tables so far.
 
-    ``states`` has the bytes of what each client keeps for itself, by node, where the grid knows it.
+    ``states`` has the bytes of what each client keeps for itself, by node, where the grid knows it; ``edits`` what was
+    added to the base model, by round.
     """
 
     number: int
@@ -33,6 +34,7 @@ class Checkpoint:
     history: list[dict[str, Any]]
     clients: list[tuple]
     states: dict[str, np.ndarray] = field(default_factory=dict)
+    edits: dict[int, Adapter] = field(default_factory=dict)
 
 
 def save(folder: Path, cfg: DictConfig, checkpoint: Checkpoint) -> Path:
@@ -53,6 +55,7 @@ def save(folder: Path, cfg: DictConfig, checkpoint: Checkpoint) -> Path:
     tensors = {f"adapter/{key}": value for key, value in checkpoint.adapter.items()}
     tensors |= {f"strategy/{key}": value for key, value in checkpoint.strategy_arrays.items()}
     tensors |= {f"state/{node}": value for node, value in checkpoint.states.items()}
+    tensors |= {f"edit/{n}/{key}": value for n, edit in checkpoint.edits.items() for key, value in edit.items()}
     path = _path(folder, checkpoint.number)
     beside = path.with_suffix(".part")
     whole = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
@@ -88,7 +91,12 @@ def latest(folder: Path, cfg: DictConfig) -> Checkpoint | None:
         )
         adapter = {key: arrays[f"adapter/{key}"] for key in record["keys"]}
         clients, history = [tuple(row) for row in record["clients"]], record["history"]
-        return Checkpoint(record["number"], adapter, strategy, record["strategy"], history, clients, states)
+        edits: dict[int, Adapter] = {}
+        for name in (name for name in arrays if name.startswith("edit/")):
+            _, number, key = name.split("/", 2)
+            edits.setdefault(int(number), {})[key] = arrays[name]
+        edits = {number: {key: edit[key] for key in record["keys"]} for number, edit in sorted(edits.items())}
+        return Checkpoint(record["number"], adapter, strategy, record["strategy"], history, clients, states, edits)
     return None
 
 

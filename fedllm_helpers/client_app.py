@@ -9,10 +9,22 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from omegaconf import DictConfig, OmegaConf
 
-from fedllm_helpers import accounting, data, dp_sgd, masked_clients, models, partitions, privacy, training
+from fedllm_helpers import (
+    accounting,
+    data,
+    dp_sgd,
+    editing,
+    edits,
+    masked_clients,
+    models,
+    partitions,
+    privacy,
+    rules,
+    training,
+)
 from fedllm_helpers.compression import client_mod
 from fedllm_helpers.evaluation import score_answers
-from fedllm_helpers.messages import base_model, cpu_threads, from_record, settings, to_record
+from fedllm_helpers.messages import base_model, cpu_threads, settings, to_record
 
 app = ClientApp(mods=[client_mod, masked_clients.client_mod])
 app.query("shares")(masked_clients.shares)
@@ -51,19 +63,22 @@ def train(message: Message, context: Context) -> Message:
     cards = mine if plan else cards_of_round(mine, cfg, number, hospital)  # DP-SGD draws from all of them
     trainer = dp_sgd.trainer(plan, privacy.noise_seed(cfg, 1, number, hospital))
     losses = [] if privacy.silent(cfg) else [_first_batch(cards, local)]
-    with cpu_threads(cfg):
-        model, tokenizer = base_model(cfg)
-        models.set_adapter(model, from_record(message.content["arrays"]))
+    model, tokenizer = base_model(cfg)
+    models.set_adapter(model, rules.received(cfg, message, context))
+    with cpu_threads(cfg), editing.edited(model, edits.held(message, context)):
         before = [_loss(cfg, probe) for probe in losses]
         options = {"learning_rate": float(orders["lr"]), "proximal_mu": mu, "trainer": trainer}
-        record = training.fine_tune(model, tokenizer, cards, local, **options, progress=False)
+        with editing.only_trained(model, rules.trained(cfg, number)):
+            record = training.fine_tune(model, tokenizer, cards, local, **options, progress=False)
         after, adapter = [_loss(cfg, probe) for probe in losses], models.get_adapter(model)
+    rules.keep(cfg, adapter, context)
     metrics = {"partition-id": hospital, "num-examples": len(mine)}
     metrics["examples"] = record.examples if plan is None else round(plan.examples / cfg.federation.num_rounds)
     if losses:
         metrics |= {"tokens": record.tokens, "loss-before": before[0], "loss-after": after[0]}
         metrics |= {"train-seconds": record.seconds, "seconds": time.perf_counter() - start}
-    return Message(RecordDict({"arrays": to_record(adapter), "metrics": MetricRecord(metrics)}), reply_to=message)
+    sent = to_record(rules.up(cfg, adapter, number, hospital))
+    return Message(RecordDict({"arrays": sent, "metrics": MetricRecord(metrics)}), reply_to=message)
 
 
 def _first_batch(cards: Dataset, local: DictConfig) -> Dataset:
@@ -76,9 +91,11 @@ def evaluate(message: Message, context: Context) -> Message:
     """Score the average adapter on the hospital's own held-out cards: nats per answer token, and how many cards."""
     cfg, hospital = settings(context), int(context.node_config["partition-id"])
     cards, metrics = own_cards(cfg, hospital)[1], {"partition-id": hospital, "num-examples": 0, "nll": 0.0}
+    edit = edits.held(message, context)  # whatever there is to score: the server counts on it
     if len(cards):
-        with cpu_threads(cfg):
-            models.set_adapter(base_model(cfg)[0], from_record(message.content["arrays"]))
+        model, _ = base_model(cfg)
+        models.set_adapter(model, rules.received(cfg, message, context))
+        with cpu_threads(cfg), editing.edited(model, edit):
             metrics |= {"num-examples": len(cards), "nll": _loss(cfg, cards)}
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
 

@@ -1,6 +1,7 @@
 """What is sent: bytes and seconds by a model's configuration alone, and the ledger of a real run."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -158,13 +159,21 @@ def transfer_bytes(values: int, number_format: str, rows: int = 0) -> int:
     return math.ceil(values * BITS[number_format] / 8) + scales
 
 
-def ledger(clients: pd.DataFrame, counts: ParameterCounts, up: str = "fp32", down: str = "fp32") -> pd.DataFrame:
+def ledger(
+    clients: pd.DataFrame,
+    counts: ParameterCounts,
+    up: str = "fp32",
+    down: str = "fp32",
+    values: Callable[[int, int, str], tuple[int, int]] | None = None,
+) -> pd.DataFrame:
     """What really crossed, beside the formula, by round and direction.
 
     Args:
         clients: of :class:`fedllm_helpers.simulation.FederatedRecord`; replies that were not used are left out.
         counts: of the model and its adapter.
         up, down: number formats of ``federation.compression``. Top-k has no formula: its mask depends on the values.
+        values: of rules that do not send the whole adapter, :func:`fedllm_helpers.rules.values`: numbers of adapter and
+            edits in a message. Edits are in fp32; scales of int8 and int4 are left to the overhead. None: the adapter.
 
     Returns:
         Columns ``round``, ``direction``, ``messages``, ``bytes``, ``formula`` (bytes of the numbers alone) and
@@ -176,6 +185,9 @@ def ledger(clients: pd.DataFrame, counts: ParameterCounts, up: str = "fp32", dow
             sent = part if direction == "down" else part[part["status"] == "used"]
             measured = int(sent[f"bytes_{direction}"].sum())
             formula = len(sent) * transfer_bytes(counts.trainable, number_format, counts.rows)
+            if values:
+                sizes = [values(number, client, direction) for client in sent["client"]]
+                formula = sum(transfer_bytes(own, number_format) + 4 * edit for own, edit in sizes)
             rows.append(
                 (number, direction, len(sent), measured, formula, measured / formula - 1 if formula else math.nan)
             )

@@ -11,6 +11,7 @@ import numpy as np
 from flwr.app import ArrayRecord, Context, Message
 from omegaconf import DictConfig
 
+from fedllm_helpers import rules
 from fedllm_helpers.communication import BITS
 from fedllm_helpers.messages import first_adapter, from_record, settings, to_record
 from fedllm_helpers.models import Adapter
@@ -139,21 +140,24 @@ def client_mod(message: Message, context: Context, call_next: Callable[[Message,
     how = cfg.federation.compression
     if "arrays" not in message.content.array_records:
         return call_next(message, context)
-    received = from_record(message.content["arrays"])
     if how.down != "fp32":
-        received = decode(received, first_adapter(cfg), how.down)
-        message.content["arrays"] = to_record(received)
+        like = rules.down(cfg, first_adapter(cfg), int(context.node_config["partition-id"]))
+        message.content["arrays"] = to_record(decode(from_record(message.content["arrays"]), like, how.down))
+    if message.metadata.message_type != "train" or (how.up == "fp32" and how.keep >= 1):
+        return call_next(message, context)
+    start = rules.start(cfg, message, context)
     reply = call_next(message, context)
-    if reply.has_error() or "arrays" not in reply.content.array_records or (how.up == "fp32" and how.keep >= 1):
+    if reply.has_error() or "arrays" not in reply.content.array_records:
         return reply
-    trained, late = from_record(reply.content["arrays"]), context.state.array_records.get(RESIDUAL)
-    update = {key: trained[key] - received[key] for key in received}
-    if how.error_feedback and late is not None:
-        update = {key: value + late[key].numpy() for key, value in update.items()}
+    trained, late = from_record(reply.content["arrays"]), context.state.array_records.get(RESIDUAL) or {}
+    update = {key: trained[key] - start[key] for key in start}
+    if how.error_feedback:
+        update = {key: value + late[key].numpy() if key in late else value for key, value in update.items()}
     encoded = encode(update, how.up, how.keep)
     if how.error_feedback:
         sent = decode(encoded, update, how.up, how.keep)
-        context.state[RESIDUAL] = to_record({key: value - sent[key] for key, value in update.items()})
+        left = to_record({key: value - sent[key] for key, value in update.items()})
+        context.state[RESIDUAL] = ArrayRecord({**late, **left})  # of factors that rest in this round, too
     reply.content["arrays"] = to_record(encoded)
     return reply
 

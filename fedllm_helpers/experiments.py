@@ -4,8 +4,8 @@
 has its own learning rate, chosen on training cards of seed 0 (some are test cards of other seeds): one for federations,
 and in each comparison one for pooled data, one for a lone hospital and one for a tenth of the cards. ``… analysis``
 takes those rates and scores the arms of notebook 07: the headline, other partitions and schedules, and compressed
-messages. ``… privacy`` attacks the arms of notebook 05, and ``… views`` its single updates. ``--quick`` is a small grid
-of two minutes.
+messages. ``… aggregation`` runs the rules of notebook 04, ``… privacy`` attacks the arms of notebook 05, and
+``… views`` its single updates. ``--quick`` is a small grid of two minutes.
 
 What is done is not done again: each arm leaves its scores in ``build/experiments``, and tables are written there after
 each one. Those scores are read back for the same settings, cards and versions of packages: after a change of code,
@@ -24,8 +24,9 @@ import pandas as pd
 from omegaconf import DictConfig
 
 from fedllm_helpers import config, data
-from fedllm_helpers.arms import KEPT, finished, pool, run_all, score_arm
+from fedllm_helpers.arms import KEPT, finished, pool, run_all, score_arm, tuning_config
 from fedllm_helpers.audits import privacy_grid
+from fedllm_helpers.lab import lab_grid
 from fedllm_helpers.provenance import provenance
 from fedllm_helpers.results import publish, write
 from fedllm_helpers.views import views_grid
@@ -70,14 +71,6 @@ def arms(hospitals: int = HOSPITALS) -> list[str]:
     """Names of the arms of the federated grid: ``comparison/arm`` or ``comparison/arm/hospital``."""
     alone = [f"same {what}/one hospital/{h}" for what in ("work", "examples") for h in range(hospitals)]
     return ["untuned", SPECIALTY, "federated/iid", "same work/pooled", "same examples/pooled", *alone]
-
-
-def tuning_config(cfg: DictConfig, folder: Path) -> DictConfig:
-    """The same federation on its training cards alone, a tenth of them held out: no test card is in it."""
-    path = folder / "training_cards.json"
-    path.write_text(json.dumps(data.load(cfg)[0].to_list()), encoding="utf-8")
-    whole = ["dataset.specialties=null", "dataset.max_cards_per_specialty=null", "train.evaluate_split=0.1"]
-    return config.load(cfg, f"dataset.name={path}", *whole)
 
 
 def tune(cfg: DictConfig, workers: ProcessPoolExecutor, path: Path) -> dict[str, float]:
@@ -172,7 +165,7 @@ def _kind(arm: str) -> str:
 def main() -> None:
     """Command line of the grids."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("grid", choices=["federated", "analysis", "privacy", "views"])
+    parser.add_argument("grid", choices=["federated", "aggregation", "analysis", "privacy", "views"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("notebooks/results"))
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
@@ -189,6 +182,8 @@ def main() -> None:
         seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
         names = arguments.arms or list(QUICK if arguments.quick else ANALYSIS)
         analysis(seeds, arguments.folder, arguments.processes, names, arguments.quick)
+    elif arguments.grid == "aggregation":
+        lab_grid(arguments.seeds, arguments.folder, arguments.processes)
     elif arguments.grid == "privacy":
         privacy_grid(arguments.seeds, arguments.folder, arguments.processes)
     elif arguments.grid == "views":

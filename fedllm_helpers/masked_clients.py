@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
+from fedllm_helpers import rules
 from fedllm_helpers import secure_aggregation as secure
-from fedllm_helpers.messages import from_record
+from fedllm_helpers.messages import from_record, settings
 from fedllm_helpers.models import Adapter
 from fedllm_helpers.privacy import clip
 
@@ -24,10 +25,10 @@ def client_mod(message: Message, context: Context, call_next: Callable[[Message,
     if kind != "train" or given is None:
         return call_next(message, context)
     del message.content[SENT]
-    received = from_record(message.content["arrays"])
+    start = rules.start(settings(context), message, context)
     reply = call_next(message, context)
     if not reply.has_error():
-        reply.content["arrays"] = _masked(from_record(reply.content["arrays"]), received, given, context)
+        reply.content["arrays"] = _masked(from_record(reply.content["arrays"]), start, given, context)
     return reply
 
 
@@ -78,9 +79,9 @@ def _secrets(given: ConfigRecord, context: Context) -> tuple[int, secure.Secrets
     return kept["hospital"], own, _public(given)
 
 
-def _masked(trained: Adapter, received: Adapter, given: ConfigRecord, context: Context) -> ArrayRecord:
+def _masked(trained: Adapter, start: Adapter, given: ConfigRecord, context: Context) -> ArrayRecord:
     me, own, public = _secrets(given, context)
-    update = {key: trained[key] - received[key] for key in received}
+    update = {key: trained[key] - start[key] for key in start}
     if given["clipping-norm"]:
         update = clip(update, given["clipping-norm"])
     code = secure.fixed_point(given["weights"], given["value-range"])

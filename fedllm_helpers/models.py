@@ -76,6 +76,7 @@ def add_adapter(base: torch.nn.Module, lora: DictConfig, seed: int = 0) -> PeftM
         task_type="CAUSAL_LM",
         r=lora.peft_lora_r,
         lora_alpha=lora.peft_lora_alpha,
+        use_rslora=lora.use_rslora,
         lora_dropout=lora.lora_dropout,
         target_modules=targets,
     )
@@ -179,7 +180,7 @@ def load_adapter(model: PeftModel, folder: str | Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at {path}")
     saved = PeftConfig.from_pretrained(folder)
-    for name in ("base_model_name_or_path", "r", "lora_alpha"):
+    for name in ("base_model_name_or_path", "r", "lora_alpha", "use_rslora"):
         if getattr(saved, name) != getattr(own, name):
             raise ValueError(f"{folder} does not fit: its {name} is {getattr(saved, name)}, here {getattr(own, name)}")
     try:

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,15 @@ from flwr.serverapp.strategy import Strategy
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from fedllm_helpers import aggregation, privacy
-from fedllm_helpers.compression import decompress, request_arrays
+from fedllm_helpers import aggregation, privacy, rules
+from fedllm_helpers.compression import decompress
+from fedllm_helpers.edits import Base
 from fedllm_helpers.masked_clients import SENT
 from fedllm_helpers.masked_rounds import Session, as_reply
-from fedllm_helpers.messages import message_bytes, to_record
+from fedllm_helpers.messages import from_record, message_bytes
 from fedllm_helpers.models import Adapter
 from fedllm_helpers.nodes import reason, send, sender
+from fedllm_helpers.outgoing import Outgoing, training_orders
 from fedllm_helpers.tables import CLIENTS, NUMBERS, Tables
 from fedllm_helpers.training import Round
 
@@ -42,67 +43,92 @@ def run_round(
     names: dict[int, int],
     tables: Tables,
     shown: tqdm,
+    base: Base,
 ) -> tuple[Adapter, dict[str, Any]]:
-    """Send the adapter out, screen what comes back, combine it.
+    """Send the adapter out, screen what comes back, combine it as ``federation.aggregation`` says.
 
     Returns:
         The new adapter, or the old one where fewer than ``federation.min_replies`` replies were usable; and the row of
-        the history. The rows of the clients are appended to ``tables``.
+        the history. The rows of the clients are appended to ``tables``, what is added to the base model to ``base``.
 
     Raises:
         RuntimeError: no reply was usable, and none was in the round before; or the strategy made something not finite.
     """
+    adapter = rules.begin(cfg, step.number, adapter)
     nodes, first, errors = {hospital: node for node, hospital in names.items()}, len(tables.clients), []
     asked = sample(cfg, step, nodes)
-    request = _request(cfg, strategy, step, adapter, nodes[asked[0]])
+    out = Outgoing(cfg, adapter, base, nodes, training_orders(cfg, strategy, step, adapter, nodes[asked[0]]))
     combine = _combine_masked if cfg.federation.secure_aggregation.threshold else _combine_open
-    combined, more = combine(grid, cfg, strategy, step, adapter, names, asked, request, tables, errors, shown)
+    combined, more = combine(grid, cfg, strategy, step, adapter, names, asked, out, tables, errors, shown)
     if combined is not None and not all(np.isfinite(value).all() for value in combined.values()):
         raise RuntimeError(f"round {step.number}: {cfg.federation.strategy} made finite adapters into one that is not")
     silent, nothing = set(asked) - {row[1] for row in tables.clients[first:]}, [float("nan")] * len(NUMBERS)
-    down = message_bytes(request)
-    tables.clients.extend((step.number, hospital, "no reply", down, 0, *nothing) for hospital in sorted(silent))
+    tables.clients.extend((step.number, k, "no reply", out.sizes.get(k, 0), 0, *nothing) for k in sorted(silent))
     row = _summary(step, tables.clients[first:], *more)
     _say_what_is_missing(cfg, row, errors, tables)
     if cfg.federation.fraction_evaluate:
-        _evaluate_at_clients(grid, cfg, step, combined or adapter, nodes, row)
+        out = Outgoing(cfg, combined or adapter, base, nodes)
+        _evaluate_at_clients(grid, cfg, step, out, row)
     return combined or adapter, row
 
 
 def _combine_open(
     grid: Grid, cfg: DictConfig, strategy: Strategy, step: Round, adapter: Adapter, names: dict[int, int],
-    asked: list[int], request: Message, tables: Tables, errors: list[str], shown: tqdm,
+    asked: list[int], out: Outgoing, tables: Tables, errors: list[str], shown: tqdm,
 ) -> tuple[Adapter | None, tuple[int, int]]:  # fmt: skip
-    """The replies one by one, combined as the strategy does; no bytes beside the messages in the table."""
+    """The replies one by one, combined as rule and strategy do; no bytes beside the messages in the table."""
 
-    def check(reply: Message) -> str | None:
+    def check(hospital: int, reply: Message) -> str | None:
         """Why it cannot be used."""
-        return decompress(cfg, reply, adapter) or aggregation.fault(reply, adapter, privacy.silent(cfg))
+        part = rules.up(cfg, adapter, step.number, hospital)
+        return decompress(cfg, reply, part) or aggregation.fault(reply, part, privacy.silent(cfg))
 
-    answers = _answers(grid, cfg, request, asked, names)
-    usable = _screened(answers, step, check, message_bytes(request), tables, errors, shown)
-    tidy = (privacy.bounded(cfg, aggregation.tidied(reply, adapter), adapter) for _, reply in usable)
+    def usable() -> Iterator[tuple[int, Message]]:
+        """Replies with arrays and numbers in order; whoever sent one has the edits that went out with the request."""
+        answers = _answers(grid, cfg, out, asked, names)
+        for hospital, reply in _screened(answers, step, check, out.sizes, tables, errors, shown):
+            out.base.confirm(out.nodes[hospital])
+            yield hospital, aggregation.tidied(reply, rules.up(cfg, adapter, step.number, hospital))
+
+    if cfg.federation.aggregation in rules.BY_PRODUCT:
+        return _combine_products(cfg, step, adapter, list(usable()), out.base), (0, 0)
+    part = rules.up(cfg, adapter, step.number)
+    tidy = (privacy.bounded(cfg, reply, part) for _, reply in usable())
     finish = privacy.finish(cfg, step.number)
-    return aggregation.combine(strategy, step.number, tidy, cfg.federation.min_replies, finish), (0, 0)
+    combined = aggregation.combine(strategy, step.number, tidy, cfg.federation.min_replies, finish)
+    return combined and {**adapter, **combined}, (0, 0)
+
+
+def _combine_products(
+    cfg: DictConfig, step: Round, adapter: Adapter, replies: list[tuple[int, Message]], base: Base
+) -> Adapter | None:
+    """The rules that need all replies at once; what is added to the base model goes into ``base``."""
+    if len(replies) < cfg.federation.min_replies:
+        return None
+    given = [(from_record(r.content["arrays"]), float(r.content["metrics"]["num-examples"])) for _, r in replies]
+    combined, edit = rules.combined(cfg, step.number, adapter, given)
+    if edit is not None:
+        base.add(step.number, edit)
+    return combined
 
 
 def _combine_masked(
     grid: Grid, cfg: DictConfig, strategy: Strategy, step: Round, adapter: Adapter, names: dict[int, int],
-    asked: list[int], request: Message, tables: Tables, errors: list[str], shown: tqdm,
+    asked: list[int], out: Outgoing, tables: Tables, errors: list[str], shown: tqdm,
 ) -> tuple[Adapter | None, tuple[int, int]]:  # fmt: skip
     """The sum of masked replies, opened; and the bytes of keys, shares and openings, down and up."""
     session = Session(grid, cfg, step.number, {hospital: node for node, hospital in names.items()})
-    size, first, opened = sum(value.size for value in adapter.values()), len(tables.clients), None
-    present = session.begin(asked)
+    part, first, opened = rules.up(cfg, adapter, step.number), len(tables.clients), None
+    size, present = sum(value.size for value in part.values()), session.begin(asked)
     if present:
-        request.content[SENT] = session.orders()
-        answers = _answers(grid, cfg, request, present, names)
+        out.more = {SENT: session.orders()}
+        answers = _answers(grid, cfg, out, present, names)
         for hospital, reply in _screened(
-            answers, step, lambda r: session.fault(r, size), message_bytes(request), tables, errors, shown
+            answers, step, lambda _, r: session.fault(r, size), out.sizes, tables, errors, shown
         ):
             session.add(hospital, reply)
         if len(session.survivors) >= cfg.federation.min_replies:
-            opened = session.end(adapter)
+            opened = session.end(part)
     if opened is None:
         needed = max(session.threshold, cfg.federation.min_replies)
         errors.append(f"the sum stayed closed: {len(session.survivors)} masked updates arrived, {needed} are needed")
@@ -111,31 +137,20 @@ def _combine_masked(
         return None, (session.bytes_down, session.bytes_up)
     finish = privacy.finish(cfg, step.number)
     mean = finish(*opened) if finish else opened[0]
-    return aggregation.combine(strategy, step.number, [as_reply(mean, request)]), (session.bytes_down, session.bytes_up)
+    combined = aggregation.combine(strategy, step.number, [as_reply(mean, out.request)])
+    return combined and {**adapter, **combined}, (session.bytes_down, session.bytes_up)
 
 
 def _answers(
-    grid: Grid, cfg: DictConfig, request: Message, asked: list[int], names: dict[int, int]
+    grid: Grid, cfg: DictConfig, out: Outgoing, asked: list[int], names: dict[int, int]
 ) -> Iterable[tuple[int | None, Message]]:
     """(hospital, reply) in order of hospital; the hospital is None where no one knows the node."""
-    nodes = {hospital: node for node, hospital in names.items()}
-    requests = (Message(request.content, nodes[hospital], request.metadata.message_type) for hospital in asked)
+    requests = (out.message(hospital, out.request.metadata.message_type) for hospital in asked)
     replies, sent = send(grid, requests, cfg.federation.timeout)
     answers = ((names.get(sender(reply, sent)), reply) for reply in replies)
     if getattr(grid, "lazy", False):  # they come one by one, in the order in which they were asked
         return answers
     return sorted(answers, key=lambda answer: -1 if answer[0] is None else answer[0])
-
-
-def _request(cfg: DictConfig, strategy: Strategy, step: Round, adapter: Adapter, node: int) -> Message:
-    """What the strategy would send: the content is the same for all. Strategies sample for themselves: from one."""
-    view = SimpleNamespace(get_node_ids=lambda: [node])
-    (request,) = strategy.configure_train(
-        step.number, to_record(adapter), ConfigRecord({"lr": step.learning_rate}), view
-    )
-    (name,) = request.content.array_records
-    request.content[name] = request_arrays(cfg, adapter)
-    return request
 
 
 def _say_what_is_missing(cfg: DictConfig, row: dict[str, Any], errors: list[str], tables: Tables) -> None:
@@ -154,8 +169,8 @@ def _say_what_is_missing(cfg: DictConfig, row: dict[str, Any], errors: list[str]
 def _screened(
     answers: Iterable[tuple[int | None, Message]],
     step: Round,
-    check: Callable[[Message], str | None],
-    down: int,
+    check: Callable[[int, Message], str | None],
+    down: dict[int, int],
     tables: Tables,
     errors: list[str],
     shown: tqdm,
@@ -165,10 +180,10 @@ def _screened(
         if hospital is None:
             logger.warning("round %d: a reply of an unknown node is left out", step.number)
             continue
-        up, why = message_bytes(reply), check(reply)
+        up, why = message_bytes(reply), check(hospital, reply)
         numbers = {} if reply.has_error() else next(iter(reply.content.metric_records.values()), {})
         figures = {name: _number(numbers.get(name)) for name in NUMBERS}
-        tables.clients.append((step.number, hospital, why or "used", down, up, *figures.values()))
+        tables.clients.append((step.number, hospital, why or "used", down[hospital], up, *figures.values()))
         shown.set_description(f"round {step.number}", refresh=False)
         if "loss-after" in numbers:
             shown.set_postfix_str(f"loss {figures['loss-after']:.2f}", refresh=False)
@@ -203,26 +218,25 @@ def _summary(step: Round, rows: list[tuple], more_down: int = 0, more_up: int = 
     }
 
 
-def _evaluate_at_clients(
-    grid: Grid, cfg: DictConfig, step: Round, adapter: Adapter, nodes: dict[int, int], row: dict[str, Any]
-) -> None:
+def _evaluate_at_clients(grid: Grid, cfg: DictConfig, step: Round, out: Outgoing, row: dict[str, Any]) -> None:
     """Put into the row: nats per answer token on sampled hospitals' own held-out cards, weighted by cards."""
-    size = max(1, round(cfg.federation.fraction_evaluate * len(nodes)))
-    asked = sample(cfg, Round(step.number, 0.0, size, False), nodes)
-    content = RecordDict(
-        {"arrays": request_arrays(cfg, adapter), "config": ConfigRecord({"server-round": step.number})}
-    )
-    requests = [Message(content, nodes[hospital], "evaluate") for hospital in asked]
+    size = max(1, round(cfg.federation.fraction_evaluate * len(out.nodes)))
+    asked = sample(cfg, Round(step.number, 0.0, size, False), out.nodes)
+    orders = RecordDict({"config": ConfigRecord({"server-round": step.number})})
+    out.request = Message(orders, out.nodes[asked[0]], "evaluate")
+    requests = [out.message(hospital, "evaluate") for hospital in asked]
     scored = []
-    for reply in send(grid, requests, cfg.federation.timeout)[0]:
+    replies, sent = send(grid, requests, cfg.federation.timeout)
+    for reply in replies:
         row["bytes_up"] += message_bytes(reply)
         numbers = {} if reply.has_error() else next(iter(reply.content.metric_records.values()), {})
         hospital, cards, nll = (_number(numbers.get(name)) for name in ("partition-id", "num-examples", "nll"))
         if np.isfinite([hospital, cards, nll]).all():
             scored.append((hospital, cards, nll))
+            out.base.confirm(sender(reply, sent))
         else:
             said = reason(reply).splitlines()[-1] if reply.has_error() else f"it sent {dict(numbers)}"
             logger.warning("round %d: a hospital's evaluation is left out: %s", step.number, said)
-    row["bytes_down"] += message_bytes(requests[0]) * len(requests)
+    row["bytes_down"] += sum(out.sizes.values())
     total = sum(cards for _, cards, _ in scored)
     row["client_nll"] = sum(cards * nll for _, cards, nll in sorted(scored)) / total if total else float("nan")

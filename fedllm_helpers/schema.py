@@ -10,6 +10,8 @@ STRATEGIES = (  # of flwr.serverapp.strategy, those that combine adapters
     "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan", "QFedAvg",
 )  # fmt: skip
 
+RULES = ("FedIT", "FFA-LoRA", "RoLoRA", "FLoRA", "FedEx-LoRA", "FlexLoRA", "FedSA-LoRA")  # of combining LoRA factors
+
 
 def _setting(
     default: Any, meaning: str, low: float | None = None, high: float | None = None, choices: tuple = ()
@@ -38,6 +40,7 @@ class Lora:
 
     peft_lora_r: int = _setting(16, "rank r of the update B·A", low=1)
     peft_lora_alpha: int = _setting(64, "α: the update is scaled by α / r", low=1)
+    use_rslora: bool = _setting(False, "scale by α / √r instead (Kalajdzievski 2023, arXiv:2312.03732)")
     lora_dropout: float = _setting(0.0, "share of the adapter's inputs dropped while training", low=0, high=0.99)
     target_modules: list[str] | None = _setting(
         None, "layers with an adapter; null: the family's attention projections"
@@ -139,6 +142,8 @@ class Federation:
     timeout: float = _setting(3600.0, "seconds to wait for the hospitals of a round", low=1)
     partition: str = _setting("specialty", "how cards lie over the hospitals", choices=PARTITIONS)
     dirichlet_alpha: float = _setting(0.5, "α of partition dirichlet: small is uneven", low=1e-3)
+    aggregation: str = _setting("FedIT", "what of the LoRA factors is sent and combined", choices=RULES)
+    ranks: list[int] | None = _setting(None, "rank of each hospital, with FLoRA or FlexLoRA; null: the same for all")
     strategy: str = _setting("FedAvg", "how the server combines adapters, by Flower's name", choices=STRATEGIES)
     strategy_arguments: dict[str, Any] = _setting(dict, "passed to the strategy as it is, such as server_momentum")
     training_arguments: dict[str, Any] = _setting(dict, "in place of train.training_arguments, within a round")

@@ -15,7 +15,19 @@ from flwr.serverapp.strategy import Strategy
 from omegaconf import DictConfig
 from platformdirs import user_data_path
 
-from fedllm_helpers import aggregation, checkpoints, compression, data, models, privacy, training
+from fedllm_helpers import (
+    aggregation,
+    checkpoints,
+    compression,
+    data,
+    editing,
+    models,
+    privacy,
+    rule_checks,
+    rules,
+    training,
+)
+from fedllm_helpers.edits import Base
 from fedllm_helpers.evaluation import score_answers
 from fedllm_helpers.messages import base_model, cpu_threads, first_adapter, quiet_flower, settings, to_record
 from fedllm_helpers.nodes import hospitals, join
@@ -39,12 +51,13 @@ def main(grid: Grid, context: Context) -> None:
         print(f"rounds are kept in {folder}: a run with this folder in its settings goes on from there", flush=True)
     with quiet_flower(), _alone_in(folder):
         cfg = join(grid, cfg)
-        keep = partial(_keep, cfg, folder) if folder else None
-        adapter, tables = federate(
-            grid, cfg, first_adapter(cfg), evaluate=_evaluation(cfg), keep=keep, folder=folder, progress=progress
-        )
+        base = Base()
+        keep = partial(_keep, cfg, base, folder) if folder else None
+        how = {"evaluate": _evaluation(cfg, base), "keep": keep, "folder": folder, "progress": progress, "base": base}
+        adapter, tables = federate(grid, cfg, first_adapter(cfg), **how)
         rows = {"history": json.dumps(tables.history), "clients": json.dumps(tables.clients)}
         context.state["adapter"], context.state["tables"] = to_record(adapter), ConfigRecord(rows)
+        context.state["edit"] = to_record(base.whole())
         if folder:
             keep(adapter, "adapter")
             tables.history_frame().to_csv(folder / "history.csv", index=False)
@@ -70,9 +83,16 @@ def _alone_in(folder: Path | None) -> Iterator[None]:
         lock.release()
 
 
-def _evaluation(cfg: DictConfig) -> Callable[[models.Adapter], float] | None:
-    """Nats per answer token on the server's held-out cards; None where it has none, or none are wanted."""
+def _evaluation(cfg: DictConfig, base: Base) -> Callable[[models.Adapter], float] | None:
+    """Nats per answer token on the server's held-out cards; None where it has none, or none are wanted.
+
+    With FedSA-LoRA there is nothing to score: the server has no B. ``federation.fraction_evaluate`` asks hospitals.
+    """
     test = data.load(cfg)[1] if cfg.federation.evaluate_every else []
+    if cfg.federation.aggregation == "FedSA-LoRA":
+        said = "the server has no B, so that it scores and saves no model; federation.fraction_evaluate asks hospitals"
+        logger.warning("FedSA-LoRA: %s, and their adapters stay in their state for the time of the run", said)
+        return None
     if not len(test):
         return None
     shown = test.select(range(min(len(test), cfg.federation.evaluate_cards or len(test))))
@@ -81,15 +101,20 @@ def _evaluation(cfg: DictConfig) -> Callable[[models.Adapter], float] | None:
         """Score an adapter."""
         model, tokenizer = base_model(cfg)
         models.set_adapter(model, adapter)
-        with cpu_threads(cfg):
+        with cpu_threads(cfg), editing.edited(model, base.whole()):
             scores = score_answers(model, tokenizer, shown, prompt=cfg.dataset.prompt, seq_length=cfg.train.seq_length)
         return float(scores.nll.sum() / scores.tokens.sum())
 
     return evaluate
 
 
-def _keep(cfg: DictConfig, folder: Path, adapter: models.Adapter, name: str) -> None:
+def _keep(cfg: DictConfig, base: Base, folder: Path, adapter: models.Adapter, name: str) -> None:
+    if cfg.federation.aggregation == "FedSA-LoRA":  # without a B it would open as the untuned model
+        return
     model, _ = base_model(cfg)
+    if base.edits:  # PEFT opens adapters, not edits: everything that was learned, as one adapter of a larger rank
+        editing.save_update(model, rules.update(cfg, adapter, base), folder / name)
+        return
     models.set_adapter(model, adapter)
     models.save_adapter(model, folder / name)
 
@@ -103,6 +128,7 @@ def federate(
     keep: Callable[[models.Adapter, str], None] | None = None,
     folder: Path | None = None,
     progress: str = "",
+    base: Base | None = None,
 ) -> tuple[models.Adapter, Tables]:
     """All rounds of a federation, from the first or from where an earlier process was ended.
 
@@ -114,6 +140,7 @@ def federate(
         keep: saves an adapter under a name, after every ``train.save_every_round`` rounds.
         folder: of the checkpoints, one after every round.
         progress: ``"bar"`` over rounds and clients, ``"lines"``, one for each round, or nothing.
+        base: takes what FLoRA and FedEx-LoRA add to the base model.
 
     Returns:
         The last adapter, and the tables of rounds and of clients.
@@ -124,37 +151,38 @@ def federate(
             traceback.
         ValueError: the folder holds a run with other settings, or ``federation.min_replies`` is more than are asked.
     """
-    strategy, plan = aggregation.make_strategy(cfg), training.rounds(cfg)
+    strategy, plan, base = aggregation.make_strategy(cfg), training.rounds(cfg), Base() if base is None else base
+    rule_checks.check_shapes(cfg, adapter)
     before = checkpoints.latest(folder, cfg) if folder else None
     tables, done, names = Tables(), 0, {}
     if before:
-        adapter, tables, done = _restore(before, cfg, strategy, grid)
-        if progress:
-            print(f"going on after round {done} of {len(plan)} from {folder}", flush=True)
+        adapter, tables, done = _restore(before, cfg, strategy, grid, base)
+        print(f"going on after round {done} of {len(plan)} from {folder}\n" if progress else "", end="", flush=True)
     elif evaluate:
         tables.history.append({"round": 0, "nll": evaluate(adapter)})
     with bar(plan[done:], progress == "bar") as shown:
         for step in plan[done:]:
             names, start = hospitals(grid, cfg, names), time.perf_counter()
-            adapter, row = run_round(grid, cfg, strategy, step, adapter, names, tables, shown)
+            adapter, row = run_round(grid, cfg, strategy, step, adapter, names, tables, shown, base)
             if evaluate and (step.number == len(plan) or step.number % cfg.federation.evaluate_every == 0):
                 row["nll"] = evaluate(adapter)
             tables.history.append({**row, "seconds": time.perf_counter() - start})
             if progress == "lines":
                 print(report(tables.history[-1], len(plan)), flush=True)
-            _save(folder, cfg, step, adapter, strategy, grid, tables, keep)
+            _save(folder, cfg, step, adapter, strategy, grid, tables, keep, base)
     return adapter, tables
 
 
 def _restore(
-    before: checkpoints.Checkpoint, cfg: DictConfig, strategy: Strategy, grid: Grid
+    before: checkpoints.Checkpoint, cfg: DictConfig, strategy: Strategy, grid: Grid, base: Base
 ) -> tuple[models.Adapter, Tables, int]:
     if before.states and hasattr(grid, "remember"):
         grid.remember(before.states)
-    elif before.states or compression.remembers(cfg):
-        logger.warning("what hospitals had not sent yet (error feedback) is not in the checkpoint: it is lost")
+    elif before.states or compression.remembers(cfg) or cfg.federation.aggregation == "FedSA-LoRA":
+        logger.warning("what hospitals keep (error feedback, FedSA-LoRA's B) is not in the checkpoint: it may be lost")
     if privacy.silent(cfg):
         logger.warning("a round that was cut off is sent again: its privacy is paid for twice, and counted once")
+    base.edits |= before.edits
     aggregation.restore_strategy(strategy, before.strategy_arrays, before.strategy_kinds)
     return before.adapter, Tables(before.history, before.clients), before.number
 
@@ -168,14 +196,17 @@ def _save(
     grid: Grid,
     tables: Tables,
     keep: Callable[[models.Adapter, str], None] | None,
+    base: Base,
 ) -> None:
     if keep and step.saved:
         keep(adapter, f"adapters/round-{step.number:06d}")
     if folder:
         arrays, kinds = aggregation.strategy_state(strategy)
         states = grid.remembered() if hasattr(grid, "remembered") else {}
-        state = checkpoints.Checkpoint(step.number, adapter, arrays, kinds, tables.history, tables.clients, states)
-        checkpoints.save(folder, cfg, state)
+        rows = (tables.history, tables.clients)
+        checkpoints.save(
+            folder, cfg, checkpoints.Checkpoint(step.number, adapter, arrays, kinds, *rows, states, base.edits)
+        )
 
 
 def _folder(context: Context) -> Path | None:

@@ -4,7 +4,7 @@ import itertools
 import json
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +23,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from omegaconf import DictConfig, OmegaConf
 
-from fedllm_helpers import aggregation, client_app, masked_clients, server_app, training
+from fedllm_helpers import aggregation, client_app, edits, masked_clients, rules, server_app, training
 from fedllm_helpers.messages import from_record, quiet_flower
 from fedllm_helpers.models import Adapter
 from fedllm_helpers.provenance import provenance
@@ -37,13 +37,17 @@ SERVER_NODE, FIRST_CLIENT_NODE, CLIENT_RAISED = 1, 2, 2  # the last is Flower's 
 class FederatedRecord:
     """What a federation gave: adapter, a table of rounds, a table of rounds × clients, and where it comes from.
 
-    The columns are those of :class:`fedllm_helpers.tables.Tables`.
+    The columns are those of :class:`fedllm_helpers.tables.Tables`. ``edit`` has factors of what was added to the base
+    model, for :func:`fedllm_helpers.editing.edited`; {} with the rules that leave it alone. ``personal`` has, with
+    FedSA-LoRA and in process, the adapter of each hospital that trained.
     """
 
     adapter: Adapter
     history: pd.DataFrame
     clients: pd.DataFrame
     provenance: dict[str, Any]
+    edit: Adapter = field(default_factory=dict)
+    personal: dict[int, Adapter] = field(default_factory=dict)
 
 
 def run(
@@ -53,6 +57,7 @@ def run(
     folder: str | Path | None = None,
     progress: bool = True,
     actors: int = 2,
+    client: Callable[[Message, Context], Message] = client_app.app,
 ) -> FederatedRecord:
     """Run a federation on this machine. Taught in notebook 03.
 
@@ -65,6 +70,7 @@ def run(
         progress: whether to show a bar over rounds and clients.
         actors: processes of Ray that train at the same time; ``federation.threads`` times ``actors`` should be the
             cores, or they stand in each other's way.
+        client: another ClientApp in place of the package's, in process, such as one with a hospital that cheats.
 
     Returns:
         Adapter, tables and provenance.
@@ -76,6 +82,8 @@ def run(
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: known are {', '.join(BACKENDS)}")
+    if backend == "ray" and client is not client_app.app:
+        raise ValueError("client: only in process; on Ray the package's own runs")
     aggregation.make_strategy(cfg), training.rounds(cfg)
     client_app.own_cards(cfg, 0)  # more hospitals than cards, or no such specialty: said before anything starts
     given = {
@@ -85,17 +93,19 @@ def run(
     }
     with quiet_flower():
         if backend == "ray":
-            context = _run_on_ray(cfg, given, actors)
-        else:
-            with InProcessGrid(client_app.app, cfg.federation.num_clients, given) as grid:
-                context = Context(grid.run.run_id, SERVER_NODE, {}, RecordDict(), given)
-                server_app.app(grid, context)
+            return _record(_run_on_ray(cfg, given, actors), provenance(cfg, backend=backend), {})
+        with InProcessGrid(client, cfg.federation.num_clients, given) as grid:
+            context = Context(grid.run.run_id, SERVER_NODE, {}, RecordDict(), given)
+            server_app.app(grid, context)
+            return _record(context, provenance(cfg, backend=backend), grid.kept(rules.PERSONAL))
+
+
+def _record(context: Context, origin: dict[str, Any], personal: dict[int, Adapter]) -> FederatedRecord:
     rows = {name: json.loads(context.state["tables"][name]) for name in ("history", "clients")}
     tables = Tables(rows["history"], [tuple(row) for row in rows["clients"]])
-    origin = provenance(cfg, backend=backend)
-    return FederatedRecord(
-        from_record(context.state["adapter"]), tables.history_frame(), tables.clients_frame(), origin
-    )
+    adapter, edit = (from_record(context.state[name]) for name in ("adapter", "edit"))
+    whole = {hospital: {**adapter, **own} for hospital, own in personal.items()}
+    return FederatedRecord(adapter, tables.history_frame(), tables.clients_frame(), origin, edit, whole)
 
 
 class InProcessGrid(Grid):
@@ -161,13 +171,22 @@ class InProcessGrid(Grid):
         return (self._deliver(message) for message in messages)
 
     def remembered(self) -> dict[str, np.ndarray]:
-        """What clients remember, as bytes by node; the secrets of a masked round are nobody else's."""
+        """What clients remember, as bytes by node.
+
+        Without the secrets of a masked round, which are nobody else's, and edits of the base, which the server has.
+        """
+        left = (masked_clients.KEPT, edits.EDIT, edits.EDIT_ROUND)
         states = {
-            node: RecordDict({name: record for name, record in state.items() if name != masked_clients.KEPT})
+            node: RecordDict({name: record for name, record in state.items() if name not in left})
             for node, state in self.states.items()
         }
         whole = {str(node): recorddict_to_proto(state).SerializeToString() for node, state in states.items() if state}
         return {node: np.frombuffer(state, np.uint8) for node, state in whole.items()}
+
+    def kept(self, name: str) -> dict[int, Adapter]:
+        """Arrays that clients keep under a name, by hospital."""
+        found = {node - FIRST_CLIENT_NODE: state.array_records.get(name) for node, state in self.states.items()}
+        return {hospital: from_record(record) for hospital, record in sorted(found.items()) if record is not None}
 
     def remember(self, states: dict[str, np.ndarray]) -> None:
         """The inverse of :meth:`remembered`, for a run that goes on."""

@@ -7,7 +7,7 @@ import pytest
 
 matplotlib.use("Agg")
 
-from fedllm_helpers import diagrams, plotting  # noqa: E402  (the backend first)
+from fedllm_helpers import diagrams, plotting, plotting_rules  # noqa: E402  (the backend first)
 
 
 @pytest.fixture
@@ -96,3 +96,23 @@ def test_curves_draw_a_line_per_name_and_their_references():
     first, second, day = axes.axes[0].lines
     assert list(first.get_ydata()) == [1.0, 4.0] and list(second.get_ydata()) == [2.0, 8.0]
     assert set(day.get_ydata()) == {5.0} and first.get_color() != second.get_color()
+
+
+def test_errors_by_layer_draw_a_line_per_projection_and_round():
+    name = "base_model.model.model.layers.{}.self_attn.{}"
+    rows = [
+        (partition, number, name.format(block, projection), 0.1 * block + number)
+        for partition in ("by specialty", "IID")
+        for number in (1, 2)
+        for block in range(12)
+        for projection in ("q_proj", "v_proj")
+    ]
+    table = pd.DataFrame(rows, columns=["partition", "round", "layer", "error"])
+    figure = plotting_rules.errors_by_layer(table, "title")
+    for axes in figure.axes:
+        assert len(axes.lines) == 4 and axes.get_ylim()[0] == 0
+        first, second = axes.lines[:2]
+        assert np.allclose(first.get_xdata(), range(12)) and np.allclose(first.get_ydata(), 0.1 * np.arange(12) + 1)
+        assert np.allclose(second.get_ydata(), 0.1 * np.arange(12) + 2)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["q_proj, round 1", "q_proj, round 2", "v_proj, round 1", "v_proj, round 2"]
