@@ -64,13 +64,13 @@ def test_the_stored_grid_is_whole(origin):
 
 def test_the_stored_rates_are_the_best_of_those_tried(origin):
     rates = pd.read_csv(STORED / "aggregation_rates.csv")
-    assert rates.groupby("rule")["learning_rate"].agg(list).map(tuple).eq(lab.RATES).all()
+    assert all(tuple(part["learning_rate"]) == lab.RATES for _, part in rates.groupby("rule"))
     best = rates.loc[rates.groupby("rule")["nll"].idxmin()].set_index("rule")["learning_rate"].to_dict()
     assert best == origin["learning_rates"] and set(best) == set(RULES)
 
 
 def test_the_stored_bytes_are_those_that_each_rule_sends(origin):
-    """To 2 %: names and numbers stand beside the values."""
+    """And names, shapes and settings beside the values: 250 bytes for each array of adapter and edit, no more."""
     sizes = pd.read_csv(STORED / "aggregation_bytes.csv")
     cfg = config.load("cpu", *lab.SETTINGS)
     start = first_adapter(cfg)
@@ -79,7 +79,9 @@ def test_the_stored_bytes_are_those_that_each_rule_sends(origin):
         count, total = rules.values(changed, start), cfg.federation.num_rounds
         for hospital, part in sizes[sizes["arm"] == name].groupby("hospital"):
             for direction in ("up", "down"):
-                values = sum(count(number, hospital, direction) for number in range(1, total + 1))
+                values = sum(sum(count(number, hospital, direction)) for number in range(1, total + 1))
                 formula = communication.transfer_bytes(values, "fp32")
-                assert part[f"bytes_{direction}"].between(formula, 1.02 * formula + 5000).all(), (name, direction)
+                assert (
+                    part[f"bytes_{direction}"].between(formula, formula + total * (2 * len(start) * 250 + 2000)).all()
+                ), (name, direction)
         assert len(sizes[sizes["arm"] == name]) == cfg.federation.num_clients * len(origin["seeds"])
