@@ -76,7 +76,7 @@ def test_the_stored_bytes_are_those_that_each_rule_sends(origin):
     start = first_adapter(cfg)
     for name, (changes, _, _) in lab.LAB.items():
         changed = config.load(cfg, *changes.split())
-        count, total = rules.values(changed, start), cfg.federation.num_rounds
+        count, total = rules.values(changed, start), changed.federation.num_rounds
         for hospital, part in sizes[sizes["arm"] == name].groupby("hospital"):
             for direction in ("up", "down"):
                 values = sum(sum(count(number, hospital, direction)) for number in range(1, total + 1))
