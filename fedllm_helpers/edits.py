@@ -36,10 +36,8 @@ class Base:
             RuntimeError: its product may not be finite in float32; nothing is added then.
         """
         for first, second in factors.pairs(edit).values():
-            if (
-                not np.linalg.norm(first.astype(float)) * np.linalg.norm(second.astype(float))
-                < np.finfo(np.float32).max
-            ):
+            largest = np.linalg.norm(first.astype(float)) * np.linalg.norm(second.astype(float))
+            if not largest < np.finfo(np.float32).max:
                 raise RuntimeError(f"round {number}: finite adapters make an edit of the base model that is not finite")
         self.edits[number] = edit
 

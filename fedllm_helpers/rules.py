@@ -157,9 +157,7 @@ def combined(
     size = factors.rank(adapter)
     best = factors.truncated(stack, min(size, factors.rank(stack)))
     rest = {key: value[factors.rank(best) :] for key, value in adapter.items() if factors.A in key}
-    grown = factors.padded(
-        best, size
-    )  # fewer ranks came than there are: the others keep their A, or they would be dead
+    grown = factors.padded(best, size)  # where fewer ranks came than there are, the others keep their A and stay alive
     return {k: np.concatenate([best[k], rest[k]]) if factors.A in k else v for k, v in grown.items()}, None
 
 
