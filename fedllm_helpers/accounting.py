@@ -16,8 +16,6 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 from omegaconf import DictConfig
-from opacus.accountants import RDPAccountant
-from opacus.accountants.utils import get_noise_multiplier
 
 from fedllm_helpers.training import round_config
 
@@ -59,6 +57,8 @@ def epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: floa
     """
     if noise_multiplier == 0:
         return math.inf
+    from opacus.accountants import RDPAccountant  # half a second that clients without privacy need not wait
+
     accountant = RDPAccountant()
     accountant.history = [(noise_multiplier, sample_rate, steps)]
     with _quiet_orders():
@@ -72,6 +72,8 @@ def noise_for(target: float, sample_rate: float, steps: int, delta: float) -> fl
     Raises:
         ValueError: no noise reaches it in so many steps.
     """
+    from opacus.accountants.utils import get_noise_multiplier
+
     arguments = {"target_epsilon": target, "target_delta": delta, "sample_rate": sample_rate, "steps": steps}
     try:
         with _quiet_orders():

@@ -1,8 +1,10 @@
 """Finished rounds on disk, so that a federation that was killed goes on as if it had not been."""
 
+import contextlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,9 @@ def save(folder: Path, cfg: DictConfig, checkpoint: Checkpoint) -> Path:
 
     Returns:
         The file.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk; nothing half-written stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
     record = {
@@ -59,14 +64,32 @@ def save(folder: Path, cfg: DictConfig, checkpoint: Checkpoint) -> Path:
     path = _path(folder, checkpoint.number)
     beside = path.with_suffix(".part")
     whole = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-    save_file(whole, beside, metadata={"record": json.dumps(record)})
-    with open(beside, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with kept_or_said(folder, f"round {checkpoint.number}"):
+            save_file(whole, beside, metadata={"record": json.dumps(record)})
+            with open(beside, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
     for old in folder.glob("round-*.safetensors"):
         if old <= _path(folder, checkpoint.number - KEPT):
             old.unlink()
     return path
+
+
+@contextlib.contextmanager
+def kept_or_said(folder: Path, what: str) -> Iterator[None]:
+    """Say in one line what cannot be written, as on a full disk.
+
+    Raises:
+        OSError: instead of whatever the writer raised.
+    """
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        said = f"{what} cannot be kept in {folder}: {error}; the rounds before are whole"
+        raise OSError(f"{said}: make room, and start the run again to go on") from None
 
 
 def latest(folder: Path, cfg: DictConfig) -> Checkpoint | None:

@@ -1,7 +1,9 @@
 """Flower ClientApp of one hospital: trains on its own cards, sends back an adapter and a few numbers, never a card."""
 
+import logging
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
@@ -12,11 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from fedllm_helpers import (
     accounting,
     data,
-    dp_sgd,
     editing,
     edits,
     masked_clients,
     models,
+    packing,
     partitions,
     privacy,
     rules,
@@ -26,7 +28,8 @@ from fedllm_helpers.compression import client_mod
 from fedllm_helpers.evaluation import score_answers
 from fedllm_helpers.messages import base_model, cpu_threads, settings, to_record
 
-app = ClientApp(mods=[client_mod, masked_clients.client_mod])
+logger = logging.getLogger(__name__)
+app = ClientApp(mods=[packing.client_mod, client_mod, masked_clients.client_mod])
 app.query("shares")(masked_clients.shares)
 app.query("reveal")(masked_clients.reveal)
 
@@ -37,6 +40,8 @@ def introduce(message: Message, context: Context) -> Message:
     hospital, hospitals = context.node_config.get("partition-id"), settings(context).federation.num_clients
     if not isinstance(hospital, int) or not 0 <= hospital < hospitals:
         raise ValueError(f"partition-id={hospital}: num-partitions={hospitals} has hospitals 0 to {hospitals - 1}")
+    if "data" in context.node_config:  # a folder that is not there is said before anyone trains
+        node_cards(context, hospital)
     numbers = {"partition-id": hospital, "num-partitions": hospitals}
     return Message(RecordDict({"metrics": MetricRecord(numbers)}), reply_to=message)
 
@@ -45,7 +50,7 @@ def introduce(message: Message, context: Context) -> Message:
 def count(message: Message, context: Context) -> Message:
     """Say how many cards one trains on, before masks: the weight of an update in a sum that nobody can take apart."""
     hospital = int(context.node_config["partition-id"])
-    numbers = {"partition-id": hospital, "num-examples": len(own_cards(settings(context), hospital)[0])}
+    numbers = {"partition-id": hospital, "num-examples": len(node_cards(context, hospital)[0])}
     return Message(RecordDict({"metrics": MetricRecord(numbers)}), reply_to=message)
 
 
@@ -57,11 +62,11 @@ def train(message: Message, context: Context) -> Message:
     where privacy is promised, neither they nor the tokens, the seconds or the cards drawn leave the hospital.
     """
     cfg, hospital, start = settings(context), int(context.node_config["partition-id"]), time.perf_counter()
-    orders, mine = message.content["config"], own_cards(cfg, hospital)[0]
+    orders, mine = message.content["config"], node_cards(context, hospital)[0]
     number, mu = int(orders["server-round"]), float(orders.get("proximal-mu", 0.0))
     local, plan = training.round_config(cfg, number, hospital), accounting.record_privacy(cfg, len(mine))
     cards = mine if plan else cards_of_round(mine, cfg, number, hospital)  # DP-SGD draws from all of them
-    trainer = dp_sgd.trainer(plan, privacy.noise_seed(cfg, 1, number, hospital))
+    trainer = _private_trainer(cfg, plan, number, hospital) if plan else None
     losses = [] if privacy.silent(cfg) else [_first_batch(cards, local)]
     model, tokenizer = base_model(cfg)
     models.set_adapter(model, rules.received(cfg, message, context))
@@ -81,6 +86,14 @@ def train(message: Message, context: Context) -> Message:
     return Message(RecordDict({"arrays": sent, "metrics": MetricRecord(metrics)}), reply_to=message)
 
 
+def _private_trainer(cfg: DictConfig, plan: accounting.RecordPrivacy, number: int, hospital: int) -> partial:
+    from fedllm_helpers import (
+        dp_sgd,
+    )  # Opacus takes a second to import, and a deployed client is a new process each time
+
+    return dp_sgd.trainer(plan, privacy.noise_seed(cfg, 1, number, hospital))
+
+
 def _first_batch(cards: Dataset, local: DictConfig) -> Dataset:
     batch = local.train.training_arguments.get("per_device_train_batch_size", 8)
     return cards.select(range(min(len(cards), batch)))
@@ -90,7 +103,7 @@ def _first_batch(cards: Dataset, local: DictConfig) -> Dataset:
 def evaluate(message: Message, context: Context) -> Message:
     """Score the average adapter on the hospital's own held-out cards: nats per answer token, and how many cards."""
     cfg, hospital = settings(context), int(context.node_config["partition-id"])
-    cards, metrics = own_cards(cfg, hospital)[1], {"partition-id": hospital, "num-examples": 0, "nll": 0.0}
+    cards, metrics = node_cards(context, hospital)[1], {"partition-id": hospital, "num-examples": 0, "nll": 0.0}
     edit = edits.held(message, context)  # whatever there is to score: the server counts on it
     if len(cards):
         model, _ = base_model(cfg)
@@ -103,6 +116,29 @@ def evaluate(message: Message, context: Context) -> Message:
 def _loss(cfg: DictConfig, cards: Dataset) -> float:
     scores = score_answers(*base_model(cfg), cards, prompt=cfg.dataset.prompt, seq_length=cfg.train.seq_length)
     return float(scores.nll.sum() / scores.tokens.sum())
+
+
+def node_cards(context: Context, hospital: int) -> tuple[Dataset, Dataset]:
+    """(train, test) cards of this node: those of the folder that its own ``--node-config`` names as ``data``.
+
+    The folder holds ``train.jsonl`` and, to be scored, ``test.jsonl``; nothing that the server sends can point
+    elsewhere. A node without one takes its share of the configured dataset, as in one process.
+
+    Raises:
+        FileNotFoundError: there is no such folder or no such file. The path is written to the node's own log only: what
+            an exception says is sent to the server.
+        ValueError: a file cannot be read as flashcards.
+    """
+    if "data" not in context.node_config:
+        return own_cards(settings(context), hospital)
+    try:
+        folder = Path(str(context.node_config["data"])).expanduser()
+        train, test = data.load_flashcards(str(folder / "train.jsonl")), folder / "test.jsonl"
+        return train, data.load_flashcards(str(test)) if test.exists() else train.select([])
+    except (OSError, ValueError, RuntimeError) as error:
+        logger.error("hospital %d: %s", hospital, error)
+        said = f"hospital {hospital}: the cards in its node-config's data folder cannot be read; see the node's own log"
+        raise (FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError)(said) from None
 
 
 def own_cards(cfg: DictConfig, hospital: int) -> tuple[Dataset, Dataset]:

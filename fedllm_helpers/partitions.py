@@ -1,19 +1,16 @@
 """Who holds which cards: partitions over hospitals, by Flower's partitioners."""
 
 import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from datasets import Dataset
-from flwr_datasets.partitioner import (
-    DirichletPartitioner,
-    IidPartitioner,
-    LinearPartitioner,
-    Partitioner,
-    PathologicalPartitioner,
-)
 
 from fedllm_helpers.schema import PARTITIONS
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
 
 
 def partition(
@@ -84,7 +81,14 @@ def holdings(parts: list[Dataset]) -> pd.DataFrame:
     )
 
 
-def _partitioner(scheme: str, num_clients: int, alpha: float, seed: int) -> Partitioner:
+def _partitioner(scheme: str, num_clients: int, alpha: float, seed: int) -> "Partitioner":
+    from flwr_datasets.partitioner import (  # imports a plotting library: a second that few clients need
+        DirichletPartitioner,
+        IidPartitioner,
+        LinearPartitioner,
+        PathologicalPartitioner,
+    )
+
     if scheme == "specialty":
         return PathologicalPartitioner(num_clients, "group", 1, "first-deterministic", seed=seed)
     if scheme == "dirichlet":

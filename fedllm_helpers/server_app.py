@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from flwr.app import ConfigRecord, Context
+from flwr.app import ConfigRecord, Context, Message
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 from omegaconf import DictConfig
@@ -50,19 +50,21 @@ def main(grid: Grid, context: Context) -> None:
     if folder and progress == "lines":
         print(f"rounds are kept in {folder}: a run with this folder in its settings goes on from there", flush=True)
     with quiet_flower(), _alone_in(folder):
-        cfg = join(grid, cfg)
+        cfg, answers = join(grid, cfg)
         base = Base()
         keep = partial(_keep, cfg, base, folder) if folder else None
         how = {"evaluate": _evaluation(cfg, base), "keep": keep, "folder": folder, "progress": progress, "base": base}
+        how["answers"] = answers
         adapter, tables = federate(grid, cfg, first_adapter(cfg), **how)
         rows = {"history": json.dumps(tables.history), "clients": json.dumps(tables.clients)}
         context.state["adapter"], context.state["tables"] = to_record(adapter), ConfigRecord(rows)
         context.state["edit"] = to_record(base.whole())
         if folder:
-            keep(adapter, "adapter")
-            tables.history_frame().to_csv(folder / "history.csv", index=False)
-            tables.clients_frame().to_csv(folder / "clients.csv", index=False)
-            (folder / "provenance.json").write_text(json.dumps(provenance(cfg), indent=1), encoding="utf-8")
+            with checkpoints.kept_or_said(folder, "the last adapter with its tables"):
+                keep(adapter, "adapter")
+                tables.history_frame().to_csv(folder / "history.csv", index=False)
+                tables.clients_frame().to_csv(folder / "clients.csv", index=False)
+                (folder / "provenance.json").write_text(json.dumps(provenance(cfg), indent=1), encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -129,6 +131,7 @@ def federate(
     folder: Path | None = None,
     progress: str = "",
     base: Base | None = None,
+    answers: dict[int, Message] | None = None,
 ) -> tuple[models.Adapter, Tables]:
     """All rounds of a federation, from the first or from where an earlier process was ended.
 
@@ -141,6 +144,7 @@ def federate(
         folder: of the checkpoints, one after every round.
         progress: ``"bar"`` over rounds and clients, ``"lines"``, one for each round, or nothing.
         base: takes what FLoRA and FedEx-LoRA add to the base model.
+        answers: of nodes that have said which hospital they are, from :func:`fedllm_helpers.nodes.join`.
 
     Returns:
         The last adapter, and the tables of rounds and of clients.
@@ -153,8 +157,7 @@ def federate(
     """
     strategy, plan, base = aggregation.make_strategy(cfg), training.rounds(cfg), Base() if base is None else base
     rule_checks.check_shapes(cfg, adapter)
-    before = checkpoints.latest(folder, cfg) if folder else None
-    tables, done, names = Tables(), 0, {}
+    before, tables, done, names = checkpoints.latest(folder, cfg) if folder else None, Tables(), 0, {}
     if before:
         adapter, tables, done = _restore(before, cfg, strategy, grid, base)
         print(f"going on after round {done} of {len(plan)} from {folder}\n" if progress else "", end="", flush=True)
@@ -162,7 +165,7 @@ def federate(
         tables.history.append({"round": 0, "nll": evaluate(adapter)})
     with bar(plan[done:], progress == "bar") as shown:
         for step in plan[done:]:
-            names, start = hospitals(grid, cfg, names), time.perf_counter()
+            names, answers, start = hospitals(grid, cfg, names, answers), None, time.perf_counter()
             adapter, row = run_round(grid, cfg, strategy, step, adapter, names, tables, shown, base)
             if evaluate and (step.number == len(plan) or step.number % cfg.federation.evaluate_every == 0):
                 row["nll"] = evaluate(adapter)
@@ -199,7 +202,8 @@ def _save(
     base: Base,
 ) -> None:
     if keep and step.saved:
-        keep(adapter, f"adapters/round-{step.number:06d}")
+        with checkpoints.kept_or_said(folder, f"the adapter of round {step.number}"):
+            keep(adapter, f"adapters/round-{step.number:06d}")
     if folder:
         arrays, kinds = aggregation.strategy_state(strategy)
         states = grid.remembered() if hasattr(grid, "remembered") else {}

@@ -11,7 +11,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error
 from flwr.serverapp import strategy as strategies
 
-from fedllm_helpers import aggregation, compression, config, simulation, training
+from fedllm_helpers import aggregation, compression, config, nodes, server_app, simulation, training
 from fedllm_helpers.messages import from_record, to_record
 from fedllm_helpers.schema import STRATEGIES
 
@@ -296,3 +296,37 @@ def test_the_names_of_flower_that_are_not_public_are_still_there():
     assert {"_task_id", "_run_id", "_node_id"} <= vars(TaskIdentity).keys()
     assert Run.create_empty(run_id=1).run_id == 1
     assert simulation.CLIENT_RAISED in (ErrorCode.UNKNOWN, ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
+
+
+def test_a_node_that_could_not_say_who_it_is_is_asked_again_a_round_later(caplog):
+    honest, failed = tiny.client(), []
+
+    def app(message, context):
+        if message.metadata.message_type == "query" and context.node_config["partition-id"] == 1 and not failed:
+            failed.append(True)
+            raise FileNotFoundError("no cards yet")
+        return honest(message, context)
+
+    cfg = tiny.settings(rounds=2)
+    with simulation.InProcessGrid(app, 4, {}) as grid:
+        cfg, answers = nodes.join(grid, cfg)
+        _, tables = server_app.federate(grid, cfg, dict(tiny.START), answers=answers)
+    asked = tables.clients_frame().groupby("round")["client"].agg(list)
+    assert asked[1] == [0, 2, 3] and asked[2] == [0, 1, 2, 3]
+    assert "no cards yet" in caplog.text and len(failed) == 1
+
+
+def test_nodes_must_agree_on_how_many_hospitals_there_are():
+    honest = tiny.client()
+
+    def app(message, context):
+        reply = honest(message, context)
+        if context.node_config["partition-id"] == 2:
+            reply.content["metrics"]["num-partitions"] = 5
+        return reply
+
+    with simulation.InProcessGrid(app, 4, {}) as grid:
+        with pytest.raises(RuntimeError, match=r"disagree on how many hospitals there are: num-partitions=\[4, 5\]"):
+            nodes.join(grid, tiny.settings())
+        one_by_one = nodes.hospitals(grid, tiny.settings(), {})
+    assert sorted(one_by_one.values()) == [0, 1, 3], "one that comes later with another number is left out"

@@ -7,7 +7,7 @@ import pytest
 
 matplotlib.use("Agg")
 
-from fedllm_helpers import diagrams, plotting, plotting_rules  # noqa: E402  (the backend first)
+from fedllm_helpers import diagrams, plotting, plotting_deployment, plotting_rules  # noqa: E402  (the backend first)
 
 
 @pytest.fixture
@@ -116,3 +116,12 @@ def test_errors_by_layer_draw_a_line_per_projection_and_round():
         assert np.allclose(second.get_ydata(), 0.1 * np.arange(12) + 2)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["q_proj, round 1", "q_proj, round 2", "v_proj, round 1", "v_proj, round 2"]
+
+
+def test_stacked_bars_lie_one_after_the_other():
+    table = pd.DataFrame({"import": [5.0, 0.0], "train": [2.0, 4.0]}, index=["deployed", "in one process"])
+    (axes,) = plotting_deployment.stacked(table, "seconds", "title").axes
+    bars = [(bar.get_x(), bar.get_width()) for bar in axes.patches]
+    assert bars == [(0, 5), (0, 0), (5, 2), (0, 4)]
+    assert [text.get_text() for text in axes.texts] == ["5.0", "2.0", "4.0"], "none where nothing is"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["import", "train"]

@@ -1,0 +1,133 @@
+"""Throw-away certificates and keys for a deployed federation: who the server is, and which hospital a node is.
+
+``python -m fedllm_helpers.certificates FOLDER HOST…`` makes an authority and a server's certificate for a trial between
+machines. A hospital makes its own key, at home: ``ssh-keygen -t ecdsa -b 384 -N '' -f node``.
+"""
+
+import argparse
+import datetime as dt
+import ipaddress
+import os
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+AUTHORITY, SERVER, SERVER_KEY = "ca.crt", "server.crt", "server.key"
+
+
+def make_server(folder: Path, hosts: tuple[str, ...] = ("127.0.0.1", "localhost"), days: int = 30) -> Path:
+    """Make a certificate authority, and with it a certificate for the server.
+
+    The authority's own key is kept nowhere: it signs this one certificate, and nobody can make another with it.
+
+    Args:
+        folder: for ``ca.crt`` (every hospital gets it), ``server.crt`` and ``server.key`` (the server's alone).
+        hosts: names or addresses by which hospitals reach the server; another one is refused by them.
+        days: until the certificate expires; negative for one that has expired, to see what happens then.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: no host.
+    """
+    if not hosts:
+        raise ValueError("a server's certificate needs at least one host name or address")
+    folder.mkdir(parents=True, exist_ok=True)
+    authority_key, key = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
+    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "authority of one federation")])
+    authority = (
+        _certificate(issuer, issuer, authority_key, abs(days))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
+        .sign(authority_key, hashes.SHA384())
+    )
+    server = (
+        _certificate(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])]), issuer, key, days)
+        .add_extension(x509.SubjectAlternativeName([_host(host) for host in hosts]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(digital_signature=True), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False)
+        .sign(authority_key, hashes.SHA384())
+    )
+    (folder / AUTHORITY).write_bytes(authority.public_bytes(serialization.Encoding.PEM))
+    (folder / SERVER).write_bytes(server.public_bytes(serialization.Encoding.PEM))
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    _secret(folder / SERVER_KEY, key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+    return folder
+
+
+def check(folder: Path) -> None:
+    """See that the server's certificate is valid today: Flower would start with another one, and refuse every client.
+
+    Raises:
+        ValueError: it has expired, or is not valid yet.
+    """
+    found = x509.load_pem_x509_certificate((folder / SERVER).read_bytes())
+    first, last, now = found.not_valid_before_utc, found.not_valid_after_utc, dt.datetime.now(dt.UTC)
+    if not first <= now <= last:
+        what = "has expired" if now > last else "is not valid yet"
+        raise ValueError(f"{folder / SERVER} {what} ({first:%Y-%m-%d} to {last:%Y-%m-%d}): make_server makes a new one")
+
+
+def make_node_key(path: Path) -> Path:
+    """Make the key pair by which the server knows a hospital: ``path`` stays there, ``path.pub`` goes to the server.
+
+    Returns:
+        The path of the private key, in OpenSSH's format, as ``ssh-keygen -t ecdsa -b 384`` makes it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    key = ec.generate_private_key(ec.SECP384R1())
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    _secret(path, key.private_bytes(pem, serialization.PrivateFormat.OpenSSH, plain))
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    path.with_name(f"{path.name}.pub").write_bytes(public + b"\n")
+    return path
+
+
+def _certificate(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int
+) -> x509.CertificateBuilder:
+    now = dt.datetime.now(dt.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(days=abs(days) + 1 if days < 0 else 0, minutes=5))
+        .not_valid_after(now + dt.timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+
+
+def _usage(**allowed: bool) -> x509.KeyUsage:
+    names = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
+    names += ("key_cert_sign", "crl_sign", "encipher_only", "decipher_only")
+    return x509.KeyUsage(**{name: allowed.get(name, False) for name in names})
+
+
+def _host(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _secret(path: Path, content: bytes) -> None:
+    path.unlink(missing_ok=True)  # or an old file's looser permissions would stay
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="An authority and a server's certificate for a trial.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("hosts", nargs="+", help="names or addresses by which hospitals reach the server")
+    parser.add_argument("--days", type=int, default=30)
+    given = parser.parse_args()
+    print(f"made in {make_server(given.folder, tuple(given.hosts), given.days)}: {AUTHORITY}, {SERVER}, {SERVER_KEY}")

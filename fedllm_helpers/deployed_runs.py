@@ -1,0 +1,161 @@
+"""Runs of a deployed federation: hand in the two apps with their settings, follow them, and collect what they made."""
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from fedllm_helpers import checkpoints
+from fedllm_helpers.edits import Base
+from fedllm_helpers.parties import COLOURS, CONNECTION, SERVER, Deployment, environment_of, flower
+from fedllm_helpers.simulation import FederatedRecord
+from fedllm_helpers.tables import Tables
+
+FLOWERS_OWN = re.compile(
+    r"$|\s|INFO|ERROR|Successfully|Using|rounds are kept|Traceback|[\w.]+(Error|Exception)\b"
+)  # lines
+PROJECT = """# What every node gets: the package as it is here, and the settings of one run.
+[project]
+name = "fedllm-helpers"
+version = "0.1.0"
+description = "One run of a federation"
+license = "Apache-2.0"
+dependencies = ["flwr>=1.41,<1.43"]
+
+[tool.flwr.app]
+publisher = "fedllm-companion"
+fab-include = ["fedllm_helpers/**/*.py", "fedllm_helpers/conf/*.yaml"]
+
+[tool.flwr.app.components]
+serverapp = "fedllm_helpers.server_app:app"
+clientapp = "fedllm_helpers.client_app:app"
+
+[tool.flwr.app.config]
+"""
+
+
+def run(
+    running: Deployment, cfg: DictConfig, name: str = "run", *, show: Callable[[str], None] = print
+) -> FederatedRecord:
+    """Run a federation on a deployment, as :func:`fedllm_helpers.simulation.run` does in one process.
+
+    Args:
+        running: from :func:`fedllm_helpers.deployment.start`.
+        cfg: of the federation; with the same ``federation.threads`` the adapter is the same to the last bit.
+        name: of the run; one that was cut off goes on after its last finished round under its own name.
+        show: takes the server's lines as they come, one for each round.
+
+    Raises:
+        ValueError: ``federation.num_clients`` are not the hospitals of the deployment.
+        RuntimeError: the run failed, with the server's reason; or the server is gone.
+    """
+    follow(running, submit(running, cfg, name), show)
+    return collect(running, cfg, name)
+
+
+def submit(running: Deployment, cfg: DictConfig, name: str = "run", *, app: Path | None = None) -> int:
+    """Hand a run in; the server starts it as soon as it can. Arguments as for :func:`run`.
+
+    Args:
+        app: a folder from :func:`bundle`, in place of a new one.
+
+    Returns:
+        Flower's number of the run.
+    """
+    if cfg.federation.num_clients != running.hospitals:
+        raise ValueError(
+            f"federation.num_clients={cfg.federation.num_clients}: this deployment has {running.hospitals} hospitals"
+        )
+    app = app or bundle(running, cfg, name)
+    return int(flower(running, "run", str(app), CONNECTION)["run-id"])
+
+
+def run_folder(running: Deployment, name: str) -> Path:
+    """Where the server keeps the rounds, adapters and tables of a run."""
+    return running.folder / SERVER / "runs" / name
+
+
+def bundle(running: Deployment, cfg: DictConfig, name: str) -> Path:
+    """Write the app of a run, a folder that ``flwr run`` takes: the package's files and a project with the settings."""
+    app = running.folder / SERVER / "apps" / name
+    shutil.rmtree(app, ignore_errors=True)
+    package = Path(__file__).parent
+    shutil.copytree(package, app / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    given = {"config": OmegaConf.to_yaml(cfg), "folder": str(run_folder(running, name)), "progress": "lines"}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in given.items()]  # JSON's strings are TOML's, too
+    (app / "pyproject.toml").write_text(PROJECT + "\n".join(lines) + "\n", encoding="utf-8")
+    return app
+
+
+def status(running: Deployment, number: int) -> dict:
+    """What Flower says of a run: ``status`` (such as ``finished:completed``), ``status-details``, bytes and times."""
+    return flower(running, "list", CONNECTION, "--run-id", str(number))["runs"][0]
+
+
+def follow(running: Deployment, number: int, show: Callable[[str], None] = print) -> dict:
+    """Show what the server says until a run is over. An interruption ends the deployment with everything in it.
+
+    Returns:
+        Its status: a command's exit code would be 0 for a run that failed, too.
+
+    Raises:
+        RuntimeError: it did not complete, or the server is gone.
+    """
+    command, seen = ["flwr", "log", str(number), CONNECTION, "--stream"], 0
+    environment = environment_of(running, SERVER)
+    try:
+        while True:
+            now = _status_or_gone(running, number)  # before the log is read: it is whole when this says finished
+            with subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            ) as log:
+                for count, line in enumerate(log.stdout):
+                    if count >= seen and (wanted := _telling(line)):  # a stream that broke begins anew
+                        show(wanted)
+                    seen = max(seen, count + 1)
+            if now["status"].startswith("finished"):
+                break
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        running.stop()
+        raise
+    if now["status"] != "finished:completed":
+        raise RuntimeError(f"the run ended as {now['status']}: {now['status-details']}")
+    return now
+
+
+def collect(running: Deployment, cfg: DictConfig, name: str = "run") -> FederatedRecord:
+    """What a run left in its folder on the server.
+
+    Raises:
+        RuntimeError: it has not finished all its rounds.
+        ValueError: it ran with other settings.
+    """
+    folder, rounds = run_folder(running, name), cfg.federation.num_rounds
+    last = checkpoints.latest(folder, cfg) if folder.is_dir() else None
+    if last is None or last.number < rounds:
+        raise RuntimeError(
+            f"{folder} has {last.number if last else 0} of {rounds} rounds: submit the run again to go on"
+        )
+    tables, base = Tables(last.history, last.clients), Base()
+    base.edits |= last.edits
+    origin = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    return FederatedRecord(last.adapter, tables.history_frame(), tables.clients_frame(), origin, base.whole())
+
+
+def _status_or_gone(running: Deployment, number: int) -> dict:
+    if running.processes[SERVER].poll() is not None:
+        raise RuntimeError(
+            "the server is gone: start_server brings it back, and the run goes on when it is submitted again"
+        )
+    return status(running, number)
+
+
+def _telling(line: str) -> str:
+    line = COLOURS.sub("", line).rstrip()
+    return "" if FLOWERS_OWN.match(line) else line.removeprefix("WARNING :").strip()
