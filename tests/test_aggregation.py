@@ -11,7 +11,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error
 from flwr.serverapp import strategy as strategies
 
-from fedllm_helpers import aggregation, compression, config, nodes, server_app, simulation, training
+from fedllm_helpers import aggregation, compression, config, nodes, packing, server_app, simulation, training
 from fedllm_helpers.messages import from_record, to_record
 from fedllm_helpers.schema import STRATEGIES
 
@@ -106,6 +106,9 @@ class Shuffled(simulation.InProcessGrid):
     """Like Flower's own grids: node numbers at random, messages gone through twice, replies as a list in any order."""
 
     lazy = False
+
+    def __init__(self, app, num_clients, run_config):
+        super().__init__(lambda message, context: packing.client_mod(message, context, app), num_clients, run_config)
 
     def get_node_ids(self):
         return np.random.default_rng(5).permutation(list(super().get_node_ids())).tolist()

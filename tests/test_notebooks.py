@@ -45,6 +45,14 @@ def test_ignored_outputs_are_followed_by_a_claim(path):
     assert len(strict) >= 5, "counts, shapes and sizes stay strict"
 
 
+def test_the_set_up_cell_is_one_and_short():
+    """The same cell in every notebook, eight lines of code, and what it prints are versions and a device."""
+    cells = [code_cells(path)[0] for path in NOTEBOOKS]
+    assert len({cell.source for cell in cells}) == 1
+    assert sum(bool(line.strip()) for line in cells[0].source.splitlines()) <= 8
+    assert all(re.match(r"torch \S+, transformers \S+, on \w+ in torch\.\w+\n$", c.outputs[0].text) for c in cells)
+
+
 def tiny_notebook(path, stored):
     """A one-cell notebook that counts the adapter's parameters, with a stored output."""
     cell = nbformat.v4.new_code_cell(

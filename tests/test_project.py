@@ -1,6 +1,9 @@
 """The files around the package agree with each other."""
 
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -36,14 +39,73 @@ def test_every_dependency_has_both_bounds_and_a_reason():
         assert re.search(re.escape(f'"{requirement}"') + r",\s+# \S", text), f"{requirement} without a reason"
 
 
-def test_badges_and_version_name_the_same_tag():
-    for path in [ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.ipynb"))]:
-        tags = set(re.findall(r"colab\.research\.google\.com/github/[\w-]+/[\w-]+/blob/([^/]+)/", path.read_text()))
-        assert tags <= {f"v{__version__}"}, path.name
+def test_badges_say_what_pyproject_says_and_a_fork_writes_its_own(tmp_path):
+    """Owner, repository and version stand in one file; the script changes all others, and only where it must."""
+    for name in ("pyproject.toml", "README.md", "CITATION.cff"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "notebooks").mkdir()
+    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    for path in notebooks:
+        shutil.copy(path, tmp_path / "notebooks" / path.name)
+    command = [sys.executable, str(ROOT / "notebooks" / "badges.py"), str(tmp_path)]
+
+    def run():
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert run().stdout == "", "what is committed is what the script writes"
+    project, old = tmp_path / "pyproject.toml", PROJECT["urls"]["Repository"].removeprefix("https://github.com/")
+    project.write_text(project.read_text().replace(old, "clinic-x/fed.course").replace(__version__, "9.8.7"))
+    assert len(run().stdout.splitlines()) == len(notebooks) + 2
+    for path in [tmp_path / "README.md", *(tmp_path / "notebooks").iterdir()]:
+        text = path.read_text()
+        places = re.findall(r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+/blob/[^/]+)/", text)
+        assert places and set(places) == {"clinic-x/fed.course/blob/v9.8.7"} and old not in text, path.name
+        assert f"/{path.name})" in text or path.name == "README.md", "each badge opens its own notebook"
+    project.write_text(project.read_text().replace("https://github.com/clinic-x/fed.course", "https://example.org/x"))
+    assert "not https://github.com/OWNER/NAME" in run().stderr
 
 
 def test_the_version_is_written_twice_and_is_one():
     assert PROJECT["version"] == __version__  # Flower reads the first, badges name the second
+
+
+def test_the_workflow_runs_what_readme_says_on_the_pythons_that_are_allowed():
+    text = (ROOT / ".github" / "workflows" / "test.yml").read_text()
+    jobs = yaml.safe_load(text)["jobs"]
+    pythons, (low, high) = (
+        jobs["test"]["strategy"]["matrix"]["python"],
+        re.findall(r"3\.(\d+)", PROJECT["requires-python"]),
+    )
+    assert pythons == [f"3.{minor}" for minor in range(int(low), int(high))]
+    assert all({"run": ".ci/run"} in job["steps"] for job in jobs.values())
+    lift = re.search(r"sed -E -i '(s/.*/)' pyproject.toml", text)[1].split("/")
+    lifted = "\n".join(
+        re.sub(lift[1], lift[2].replace("\\1", r"\g<1>"), line)
+        for line in (ROOT / "pyproject.toml").read_text().splitlines()
+    )
+    project = tomllib.loads(lifted)["project"]
+    free = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
+    assert free and not [requirement for requirement in free if "<" in requirement], "no bound is left"
+
+
+def test_whoever_cites_names_the_version_and_hooks_run_what_is_there():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert str(citation["version"]) == PROJECT["version"] and citation["license"] == PROJECT["license"]
+    assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    entries = {hook["id"]: hook["entry"] for hook in local["hooks"]}
+    assert entries["ruff"] == "make lint" and "\nlint:" in (ROOT / "Makefile").read_text()
+    assert "tests/test_notebooks.py" in entries["notebooks"]
+
+
+def test_guides_name_sections_that_notebooks_have():
+    sections = set()
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        sections |= set(re.findall(r"## (\d\.\d+) ", path.read_text()))
+    for guide in ("course.md", "teaching.md", "glossary.md"):
+        text = (ROOT / "docs" / guide).read_text()
+        named = set(re.findall(r"\b([1-7]\.\d{1,2})\b(?! s)", re.sub(r"`[^`]*`|\[[^\]]*\]\([^)]*\)", "", text)))
+        assert len(named) >= 8 and named <= sections, f"{guide}: {sorted(named - sections)}"
 
 
 def test_readme_lists_every_notebook():

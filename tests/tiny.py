@@ -3,7 +3,7 @@
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
-from fedllm_helpers import config, masked_clients, packing, server_app, simulation
+from fedllm_helpers import config, masked_clients, server_app, simulation
 
 START = {"b.A": np.zeros((2, 5), np.float32), "a.B": np.ones((3, 2), np.float32)}  # not in the alphabet's order
 
@@ -63,10 +63,5 @@ def settings(*overrides, hospitals=4, rounds=3):
 
 def federate(cfg, app=None, grid=simulation.InProcessGrid, **options):
     """(adapter, tables) of a tiny federation."""
-    called = app or client()
-
-    def whole(message, context):
-        return packing.client_mod(message, context, called)
-
-    with grid(whole, cfg.federation.num_clients, {}) as nodes:
+    with grid(app or client(), cfg.federation.num_clients, {}) as nodes:
         return server_app.federate(nodes, cfg, {key: value.copy() for key, value in START.items()}, **options)
