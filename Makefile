@@ -2,7 +2,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: run test lab bench lint badges
+.PHONY: run test lab bench lint badges site
 
 run: .venv/ready
 	@$(BIN)/python notebooks/run.py
@@ -19,10 +19,13 @@ bench: .venv/ready
 lint: .venv/ready
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
+site: .venv/ready
+	@$(BIN)/python docs/site.py
+
 badges: .venv/ready
 	@$(BIN)/python notebooks/badges.py
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[dev,lab,sim]"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[dev,lab,sim,site]"
 	@touch $@
