@@ -46,7 +46,7 @@ class Deployment:
         for process in nodes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # it is gone, or this was called before
             self.guard.stdin.write(b"x")
             self.guard.stdin.close()
         self.guard.wait()
