@@ -320,8 +320,9 @@ def test_a_port_in_use_another_flower_and_other_cards_are_said_at_once(cfg, tmp_
 
 
 ABANDONED = """
-import sys, time
+import signal, sys
 from fedllm_helpers import config, deployed_runs, deployment
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as a kernel does; a shell's background ignores it
 cfg = config.load("cpu", *sys.argv[2:])
 with deployment.start(cfg, sys.argv[1]) as running:
     print(running.mark, flush=True)
