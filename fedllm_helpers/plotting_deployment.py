@@ -16,15 +16,15 @@ def stacked(table: pd.DataFrame, xlabel: str, title: str) -> Figure:
         xlabel: with the unit.
         title: of the figure.
     """
-    greys, widest = np.linspace(0.25, 0.9, len(table.columns)), table.sum(axis=1).max()
+    shades, widest = np.linspace(0.25, 0.9, len(table.columns)), table.sum(axis=1).max()
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(figsize=(7.5, 0.6 + 0.55 * len(table)))
         left = np.zeros(len(table))
-        for grey, name in zip(greys, table.columns, strict=True):
-            axes.barh(table.index, table[name], left=left, color=plt.cm.viridis(grey), edgecolor="white", label=name)
+        for shade, name in zip(shades, table.columns, strict=True):
+            axes.barh(table.index, table[name], left=left, color=plt.cm.viridis(shade), edgecolor="white", label=name)
             for row, (start, value) in enumerate(zip(left, table[name], strict=True)):
                 if value > 0.05 * widest:
-                    colour = "white" if grey < 0.6 else "black"
+                    colour = "white" if shade < 0.6 else "black"
                     axes.text(start + value / 2, row, f"{value:.1f}", ha="center", va="center", color=colour)
             left += table[name].to_numpy()
         axes.invert_yaxis()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from fedllm_helpers import __version__
+from fedllm_helpers import __version__, deployed_runs
 from fedllm_helpers import data as data_module
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,6 +86,15 @@ def test_the_workflow_runs_what_readme_says_on_the_pythons_that_are_allowed():
     project = tomllib.loads(lifted)["project"]
     free = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
     assert free and not [requirement for requirement in free if "<" in requirement], "no bound is left"
+
+
+def test_a_deployed_run_is_the_app_of_the_project():
+    whole = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    bundle = tomllib.loads(deployed_runs.PROJECT)
+    app = bundle["tool"]["flwr"]["app"]
+    assert all(app[key] == whole[key] for key in ("publisher", "components", "fab-include"))
+    assert bundle["project"]["name"] == PROJECT["name"] and bundle["project"]["license"] == PROJECT["license"]
+    assert set(bundle["project"]["dependencies"]) <= set(PROJECT["dependencies"])
 
 
 def test_whoever_cites_names_the_version_and_hooks_run_what_is_there():
