@@ -190,10 +190,8 @@ def _prepare_hospital(cfg: DictConfig, home: Path, hospital: int) -> None:
         home.chmod(0o700)
     (home / "data").mkdir(exist_ok=True)
     for name, cards in zip(("train", "test"), client_app.own_cards(cfg, hospital), strict=True):
-        text, file = (
-            "".join(json.dumps(card, ensure_ascii=False) + "\n" for card in cards),
-            home / "data" / f"{name}.jsonl",
-        )
+        text = "".join(json.dumps(card, ensure_ascii=False) + "\n" for card in cards)
+        file = home / "data" / f"{name}.jsonl"
         held = file.read_text(encoding="utf-8") if file.exists() else ""
         if text and not held:
             file.write_text(text, encoding="utf-8")
