@@ -2,13 +2,23 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: run test lab bench lint badges site
+.PHONY: run test test-processes test-colab test-browser lab bench lint badges site
 
 run: .venv/ready
 	@$(BIN)/python notebooks/run.py
 
 test: .venv/ready
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
+
+test-processes: .venv/ready
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile -m processes
+
+test-colab: .venv/ready
+	@$(BIN)/python -m pytest tests/test_colab.py -m colab
+
+test-browser: .venv/ready
+	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[browser]"
+	@$(BIN)/python -m pytest tests/test_browser.py -m browser
 
 lab: .venv/ready
 	@$(BIN)/jupyter lab notebooks

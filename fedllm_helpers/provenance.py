@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -43,7 +44,17 @@ def provenance(cfg: DictConfig, **more: Any) -> dict[str, Any]:
 
 
 def show() -> None:
-    """Print versions and device: what every notebook begins with, and what belongs to a question about one."""
+    """Print versions and device: what every notebook begins with, and what belongs to a question about one.
+
+    Raises:
+        RuntimeError: a library that runs here was replaced on disk since, which mixes two versions of it.
+    """
+    for name in ("numpy", "torch", "transformers"):
+        loaded, there = getattr(sys.modules.get(name), "__version__", None), _version(name)
+        if loaded and there and loaded.split("+")[0] != there.split("+")[0]:  # torch says which CUDA, pip may not
+            raise RuntimeError(
+                f"{name} {loaded} was loaded before {there} was installed: restart the kernel, run again"
+            )
     device, dtype = models.device_and_dtype()
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, on {device} in {dtype}")
 

@@ -101,5 +101,5 @@ def read(path: Path, columns: Iterable[str] = RESULTS) -> tuple[pd.DataFrame, di
         if there != here.get(name)
     ]
     if other:
-        logger.warning("%s was made with other versions: %s", path, "; ".join(other))
+        logger.info("%s was made with other versions: %s", path, "; ".join(other))
     return table, origin

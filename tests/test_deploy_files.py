@@ -97,6 +97,7 @@ def wait(condition, process, log):
     raise AssertionError(log.read_text())
 
 
+@pytest.mark.processes
 def test_the_units_commands_start_a_server_and_let_a_hospital_in(machine):
     folder, port, start, _ = machine
     server = start("server.service")
@@ -108,6 +109,7 @@ def test_the_units_commands_start_a_server_and_let_a_hospital_in(machine):
     assert (folder / "state.db").exists()
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
 def test_the_gateway_passes_nodes_and_refuses_whoever_would_start_a_run(machine):
     folder, port, start, mark = machine

@@ -26,7 +26,10 @@ SMALL = (
 )
 resource = pytest.importorskip("resource")
 CLOCKS = ["client_seconds", "seconds", "train_seconds"]
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="Flower's processes need Linux or macOS")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(os.name == "nt", reason="Flower's processes need Linux or macOS"),
+]
 
 WHO_OPENS_WHAT = """
 import os, sys

@@ -66,6 +66,7 @@ def test_tables_are_written_whole_and_read_with_their_provenance(small, tmp_path
     assert (cards["federated"] == 20.0).all() and not list(tmp_path.glob("*.part"))
     origin["versions"]["torch"] = "1.0"
     (tmp_path / "grid.json").write_text(json.dumps(origin))
+    caplog.set_level("INFO")
     results.read(tmp_path / "grid.csv")
     assert "made with other versions: torch 1.0 there" in caplog.text
 

@@ -129,6 +129,7 @@ def test_hospitals_score_the_average_on_their_own_held_out_cards(small):
     assert 1 < history["client_nll"].iloc[-1] < 6
 
 
+@pytest.mark.processes
 @needs_ray
 def test_ray_gives_the_same_bits(small, record):
     ray = simulation.run(small, "ray", progress=False)
@@ -136,6 +137,7 @@ def test_ray_gives_the_same_bits(small, record):
     assert record.history["nll"].tolist() == ray.history["nll"].tolist()
 
 
+@pytest.mark.processes
 @needs_ray
 def test_flwr_run_gives_the_same_bits(record, tmp_path):
     port = 39091  # of the SuperLink that `flwr run` starts and leaves running
@@ -179,6 +181,7 @@ simulation.run(config.load("cpu", *sys.argv[2:]), folder=sys.argv[1], progress=F
 """
 
 
+@pytest.mark.processes
 def test_a_run_killed_at_any_moment_ends_with_the_same_bits(tmp_path):
     """SIGKILL before the first round is done, right after a round, and later; FedAdam's moments included."""
     overrides = [*SMALL.split(), "federation.num_rounds=4", "federation.strategy=FedAdam"]

@@ -75,6 +75,7 @@ def _opens_in_plain_peft(cfg, record, folder, tokenizer):
     assert scores.nll.sum() / scores.tokens.sum() == pytest.approx(record.history["nll"].iloc[-1], rel=1e-4)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(find_spec("ray") is None, reason="the extra `sim` (Ray) is not installed")
 def test_edits_that_clients_keep_in_their_state_survive_on_ray():
     cfg = small("FedEx-LoRA", "federation.num_rounds=3", "federation.fraction_evaluate=0")
