@@ -1,4 +1,4 @@
-"""Every notebook in JupyterLab, in a real browser: ``make test-browser``, half an hour, screenshots in build/browser."""
+"""Every notebook in JupyterLab, in a real browser: `make test-browser`, half an hour; screenshots in build/browser."""
 
 import json
 import os
