@@ -30,7 +30,7 @@ lint: .venv/ready
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 site: .venv/ready
-	@$(BIN)/python docs/site.py
+	@$(BIN)/python docs/figure.py && $(BIN)/python docs/site.py
 
 badges: .venv/ready
 	@$(BIN)/python notebooks/badges.py

@@ -39,6 +39,7 @@ INDEX = """
 :maxdepth: 1
 
 course
+project
 teaching
 glossary
 ```
@@ -52,6 +53,8 @@ def main() -> int:
     notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
     for path in [*notebooks, *(ROOT / "docs").glob("*.md")]:
         shutil.copy(path, SOURCE)
+    (SOURCE / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "results.png", SOURCE / "docs")  # README's figure, at README's address
     title, rest = (ROOT / "README.md").read_text(encoding="utf-8").removeprefix("# ").split("\n", 1)
     abstract = re.split(r"^(?:```|##)", rest, maxsplit=1, flags=re.M)[0].strip()
     names = "\n".join(path.stem for path in notebooks)

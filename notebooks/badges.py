@@ -23,6 +23,10 @@ def main(root: Path) -> list[Path]:
     rules = (
         (rf"(colab\.research\.google\.com/github/){NAME}/{NAME}/blob/[^/\s]+/", rf"\g<1>{where}/blob/v{version}/"),
         (rf"(git\+https://github\.com/){NAME}/{NAME}@v[\w.]+", rf"\g<1>{where}@v{version}"),
+        (
+            rf"(git clone https://github\.com/){NAME}/{NAME} && cd {NAME}",
+            rf"\g<1>{where} && cd {where.split('/')[1]}",
+        ),
         (rf"(repository-code: https://github\.com/){NAME}/{NAME}", rf"\g<1>{where}"),
         (r"(?m)^(version: )\d[\w.]*$", rf"\g<1>{version}"),
         (r"(Badges open the release tag )v[\w.]+\w", rf"\g<1>v{version}"),

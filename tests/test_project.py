@@ -1,5 +1,6 @@
 """The files around the package agree with each other."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -117,11 +118,35 @@ def test_guides_name_sections_that_notebooks_have():
         assert len(named) >= 8 and named <= sections, f"{guide}: {sorted(named - sections)}"
 
 
+def test_readmes_figure_shows_what_its_text_says(tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys; sys.path.insert(0, {str(ROOT / 'docs')!r}); import figure, pathlib\n"
+            f"print(figure.main(pathlib.Path({str(tmp_path)!r})).to_json())",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    shown = json.loads(done.stdout)
+    said = re.search(r"!\[.+: (.+)\]\(docs/results\.png\)", (ROOT / "README.md").read_text())[1]
+    drawn = [f"{shown['label'][row]} {shown['value'][row]:.2f}" for row in shown["label"]]
+    assert said == ", ".join(drawn) and len(drawn) == 4
+    assert (tmp_path / "results.png").stat().st_size > 5000
+
+
 def test_readme_lists_every_notebook():
     readme = (ROOT / "README.md").read_text()
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         assert path.name in readme
-    assert "PIP_ARGS" in readme and "medical advice" in readme
+    assert "PIP_ARGS" in readme and readme.count("medical advice") == 1
+    targets = set(re.findall(r"make (?:PYTHON=\S+ |PIP_ARGS=\"[^\"]+\" )?([a-z-]+)`?", readme)) - {"you"}
+    assert {"run", "test", "test-processes", "test-colab", "test-browser"} <= targets
+    assert all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in targets), targets
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert set(re.findall(r"^make (\S+)$", ci, re.M)) <= targets, "what CI runs stands in README"
 
 
 def test_prompts_hold_a_question_each():
