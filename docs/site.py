@@ -1,7 +1,6 @@
 """Build the course as static pages: ``python docs/site.py`` (``make site``), into ``build/site``.
 
-From the stored notebooks, nothing is executed and nothing fetched. Formulas are drawn by MathJax, which a reader's
-browser loads from its own address; everything else works without a network.
+From the stored notebooks, nothing is executed and nothing fetched, neither here nor by a reader's browser.
 """
 
 import re
@@ -15,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE, SITE = ROOT / "build" / "site-source", ROOT / "build" / "site"
 CONF = """
 project, author, copyright = {title!r}, "the authors", "the authors, Apache-2.0"
-extensions = ["myst_nb"]
+extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx-mathjax-offline"]
 nb_execution_mode = "off"
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath"]

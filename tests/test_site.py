@@ -34,6 +34,8 @@ def test_every_page_has_its_figures_solutions_and_way_on(site):
         assert len(shown) == figures and all((site / name).stat().st_size > 1000 for name in shown), path.name
         solutions = sum(cell.source.count("<details><summary>") for cell in cells)
         assert solutions >= 2 and page.count("<details><summary>") == solutions, "folded, and all"
+        loaded = re.findall(r'<(?:script|link)[^>]+(?:src|href)="([^"]+)"', page)
+        assert loaded and not [address for address in loaded if "//" in address], "nothing comes from elsewhere"
         if number + 1 < len(paths):
             assert f'href="{paths[number + 1].stem}.html"' in page
         assert 'name="viewport"' in page, "a phone shows it at its own width"
