@@ -103,12 +103,12 @@ def run_all(browser, lab):
         page.evaluate("() => { window.jupyterapp.commands.execute('notebook:restart-run-all') }")
         page.locator(".jp-Dialog-button.jp-mod-warn, .jp-Dialog-button.jp-mod-accept").first.click(timeout=10_000)
         cells, seen, until = code_cells(path), set(), time.monotonic() + 60 * minutes
-        wait_for(lambda: page.evaluate(STATE)["counts"][0] in (None, 1), 60)
+        wait_for(lambda: None in page.evaluate(STATE)["counts"], 60)  # what was stored is gone
         while time.monotonic() < until:
             state = page.evaluate(STATE)
             seen |= set(state["bars"])
             done = state["counts"] == list(range(1, len(cells) + 1))
-            if page.locator(RED).count() or (state["status"] == "idle" and done and seen is not None):
+            if page.locator(RED).count() or (state["status"] == "idle" and done):
                 break
             page.wait_for_timeout(500)
         return page, page.evaluate(STATE), seen
