@@ -36,6 +36,7 @@ badges: .venv/ready
 	@$(BIN)/python notebooks/badges.py
 
 .venv/ready: pyproject.toml
+	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else 'Python 3.11 to 3.13 is needed, and this is %d.%d: make PYTHON=python3.12 …' % v)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[dev,lab,sim,site]"
 	@touch $@

@@ -18,6 +18,19 @@ logger = logging.getLogger(__name__)
 RESULTS = ["arm", "seed", "learning_rate", "nll", "cards", "choice", "bytes_up", "bytes_down", "seconds"]
 
 
+def stored(name: str) -> Path:
+    """A file of the grids that come with the notebooks: from ``results`` here, the repository, or the package.
+
+    Raises:
+        FileNotFoundError: no grid of that name was stored.
+    """
+    here = Path(__file__).resolve().parent
+    for folder in (Path("results"), here.parent / "notebooks" / "results", here / "stored"):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"no results/{name}: `python -m fedllm_helpers.experiments` makes the grids")
+
+
 def write(stem: Path, cfg: DictConfig, keys: list, done: dict[tuple, Result], rates: dict, **more: Any) -> None:
     """Write ``stem``.csv (a row per arm and seed), ``stem``_cards.csv (a row per seed and card) and ``stem``.json.
 

@@ -100,7 +100,8 @@ def test_the_set_up_cell_leaves_the_runtime_as_it_is_and_notebook_01_runs(runtim
     assert "fedllm-helpers" not in before and "flwr" not in before
     notebook = nbformat.read(ROOT / "notebooks" / "01_intro.ipynb", as_version=4)
     stored = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    where = nbformat.v4.new_code_cell("import fedllm_helpers\nprint(fedllm_helpers.__file__)")
+    grids = "print(len(results.read(results.stored('analysis.csv'))[0]) > 0)"  # what notebooks 3, 4, 5 and 7 need
+    where = nbformat.v4.new_code_cell(f"from fedllm_helpers import results\nprint(results.__file__)\n{grids}")
     notebook.cells.append(where)
     done = run(notebook, runtime, tmp_path, released)
     after = installed(runtime)
@@ -109,6 +110,7 @@ def test_the_set_up_cell_leaves_the_runtime_as_it_is_and_notebook_01_runs(runtim
         print(f"\n{len(after) - len(before)} packages came, {len(moved)} moved: {moved}")
     assert not set(moved) & set(RUNTIME)
     assert str(Path(runtime).parent.parent) in text_of(done.cells[-1]), "what ran is what was installed there"
+    assert text_of(done.cells[-1]).endswith("True\n")
     code = [cell for cell in done.cells if cell.cell_type == "code"][:-1]
     assert before["torch"] in text_of(code[0]) and before["transformers"] in text_of(code[0])
     assert all(out.output_type != "error" for cell in code for out in cell.outputs)

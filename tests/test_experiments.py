@@ -57,6 +57,16 @@ def _result(cfg, nll):
     return Result(AnswerScores(np.full(n, nll), np.full(n, 10)), np.zeros(0, bool), 5, 6, 1.0)
 
 
+def test_stored_grids_are_found_from_any_folder_and_ones_own_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(results.read(results.stored("analysis.csv"))[0]) > 10
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "analysis.csv").touch()
+    assert results.stored("analysis.csv").resolve() == tmp_path / "results" / "analysis.csv"
+    with pytest.raises(FileNotFoundError, match="no results/other.csv"):
+        results.stored("other.csv")
+
+
 def test_tables_are_written_whole_and_read_with_their_provenance(small, tmp_path, caplog):
     done = {("untuned", 0): _result(small, 30.0), ("federated", 0): _result(small, 20.0)}
     results.write(tmp_path / "grid", small, list(done), done, dict.fromkeys(done, 0.0), seeds=[0])

@@ -118,6 +118,17 @@ def test_guides_name_sections_that_notebooks_have():
         assert len(named) >= 8 and named <= sections, f"{guide}: {sorted(named - sections)}"
 
 
+def test_an_older_python_is_told_which_one_is_needed(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    old = tmp_path / "old"
+    old.write_text(f"#!/bin/sh\nshift\nexec {sys.executable} -c 'import sys; sys.version_info = (3, 10, 1)\n'\"$1\"\n")
+    old.chmod(0o755)
+    done = subprocess.run(["make", f"PYTHON={old}", "run"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0 and "Python 3.11 to 3.13 is needed, and this is 3.10" in done.stderr
+    assert not (tmp_path / ".venv").exists(), "and nothing is half there"
+
+
 def test_readmes_figure_shows_what_its_text_says(tmp_path):
     done = subprocess.run(
         [
