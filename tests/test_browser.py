@@ -139,6 +139,8 @@ def photograph(page, name):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_in_jupyterlab_with_live_bars_and_nothing_red(run_all, path):
     page, state, seen = run_all(path)
+    if page.locator(".jp-RenderedImage img").count():
+        page.locator(".jp-RenderedImage img").first.scroll_into_view_if_needed()
     photograph(page, path.stem)
     assert [red.inner_text() for red in page.locator(RED).all()] == []
     assert state["counts"] == list(range(1, len(code_cells(path)) + 1))
