@@ -16,9 +16,7 @@ ARMS |= {"federated": ["federated"], "pooled": ["pooled 100 %"]}
 
 def main(folder: Path = ROOT / "docs") -> pd.DataFrame:
     """Write ``results.png``; returns what it shows: ``label``, ``arm``, ``value``, ``low``, ``high``."""
-    cards, origin = results.read(
-        ROOT / "notebooks" / "results" / "analysis_cards.csv", ["tokens", *sum(ARMS.values(), [])]
-    )
+    cards, origin = results.read(results.stored("analysis_cards.csv"), ["tokens", *sum(ARMS.values(), [])])
     rows = []
     for arm, columns in ARMS.items():
         scores = evaluation.AnswerScores(cards[columns].mean(axis=1).to_numpy(), cards["tokens"].to_numpy(dtype=int))

@@ -50,13 +50,12 @@ def main() -> int:
     jobs = arguments.jobs or (1 if arguments.inplace or len(paths) == 1 else room())
     if jobs > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-    failed, rows = [], []
+    failed, rows = None, []
     try:
         rows = asyncio.run(run_all(paths, arguments.inplace, jobs))
     except* (CellExecutionError, CellTimeoutError, DeadKernelError) as group:
-        failed = list(group.exceptions)
-    for error in failed:
-        print(f"\n{error.place}:\n{plain(str(error))}", file=sys.stderr)
+        failed = min(group.exceptions, key=lambda error: error.when)  # the others died because it ended them
+        print(f"\n{failed.place}:\n{plain(str(failed))}", file=sys.stderr)
     if rows:
         print_table(rows)
     return 1 if failed else 0
@@ -120,6 +119,7 @@ async def run(path: Path, inplace: bool, at: dict[str, str]) -> tuple[str, float
     try:
         await client.async_execute()
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        error.when = time.perf_counter()
         error.place = f"{path.name} failed in cell {number[0]} of {len(code)}"
         raise
     say()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,6 +88,21 @@ def test_a_failing_notebook_stops_with_its_name_cell_and_error(tmp_path):
     assert "01_bad.ipynb failed in cell 2 of 3" in done.stderr and "ZeroDivisionError" in done.stderr
     done = subprocess.run([sys.executable, str(runner), "09"], capture_output=True, text=True)
     assert done.returncode == 2 and "no notebook named 09" in done.stderr
+
+
+def test_of_two_notebooks_at_a_time_the_first_that_fails_ends_the_other(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    runner, mark = tmp_path / "notebooks" / "run.py", tmp_path / "pid"
+    runner.write_text((ROOT / "notebooks" / "run.py").read_text())
+    waits = f"import os, pathlib, time\npathlib.Path({str(mark)!r}).write_text(str(os.getpid()))\ntime.sleep(600)"
+    fails = f"import pathlib, time\nwhile not pathlib.Path({str(mark)!r}).exists(): time.sleep(0.1)\n1 / 0"
+    for name, source in (("01_waits", waits), ("02_fails", fails)):
+        cell = nbformat.v4.new_code_cell(source)
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "notebooks" / f"{name}.ipynb")
+    command = [sys.executable, str(runner), "--jobs", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "02_fails.ipynb failed in cell 1 of 1" in done.stderr
+    assert "01_waits" not in done.stderr and not psutil.pid_exists(int(mark.read_text())), "no kernel is left"
 
 
 def test_the_runner_writes_notebook_page_and_headline(tmp_path):
