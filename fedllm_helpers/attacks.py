@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, mannwhitneyu
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import roc_curve
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from transformers import PreTrainedTokenizerBase
@@ -208,18 +208,22 @@ def _likelihood(model: PeftModel, rows: list[list[int]], batch: int = 128) -> np
     return (chosen * valid).sum(1).double().cpu().numpy()
 
 
-def _area(members: np.ndarray, others: np.ndarray) -> float:
-    return float(roc_auc_score(np.repeat([1, 0], [len(members), len(others)]), np.concatenate([members, others])))
+def _area(members: np.ndarray, others: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Share of pairs in which the member scores higher, ties half: the area under the curve."""
+    pairs = members.shape[axis] * others.shape[axis]
+    return mannwhitneyu(members, others, axis=axis, method="asymptotic").statistic / pairs
 
 
-def _rate(members: np.ndarray, others: np.ndarray, level: float) -> float:
+def _rate(members: np.ndarray, others: np.ndarray, level: float, axis: int = -1) -> np.ndarray:
     """Share of members above the score that so few of the others exceed."""
-    return float((members > np.quantile(others, 1 - level, method="higher")).mean())
+    return (members > np.quantile(others, 1 - level, method="higher", axis=axis, keepdims=True)).mean(axis)
 
 
 def _interval(statistic: Callable, members: np.ndarray, others: np.ndarray, seed: int) -> Estimate:
     rng = np.random.default_rng(seed)
     interval = bootstrap(
-        (members, others), statistic, paired=False, vectorized=False, method="percentile", n_resamples=500, rng=rng
+        (members, others), statistic, paired=False, vectorized=True, method="percentile", n_resamples=500, rng=rng
     ).confidence_interval
-    return Estimate(statistic(members, others), float(interval.low), float(interval.high), len(members) + len(others))
+    return Estimate(
+        float(statistic(members, others)), float(interval.low), float(interval.high), len(members) + len(others)
+    )

@@ -1,7 +1,6 @@
 """What both Flower apps share: settings from a run, the base model of this process, adapters in and out of records."""
 
 import contextlib
-import gc
 import logging
 import os
 import shlex
@@ -62,9 +61,6 @@ def _model_settings(cfg: DictConfig) -> str:
 @lru_cache(maxsize=1)
 def _base_model(text: str) -> tuple[PeftModel, PreTrainedTokenizerBase, models.Adapter]:
     model, tokenizer = models.load(config.load(OmegaConf.create(text)))
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()  # what is loaded now stays: each training collects twice, and need not walk the libraries for it
     return model, tokenizer, models.get_adapter(model)
 
 

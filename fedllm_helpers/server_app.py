@@ -21,6 +21,7 @@ from fedllm_helpers import (
     compression,
     data,
     editing,
+    memory,
     models,
     privacy,
     rule_checks,
@@ -121,6 +122,7 @@ def _keep(cfg: DictConfig, base: Base, folder: Path, adapter: models.Adapter, na
     models.save_adapter(model, folder / name)
 
 
+@memory.loaded_set_aside()
 def federate(
     grid: Grid,
     cfg: DictConfig,

@@ -1,8 +1,6 @@
 """Fine-tune an adapter on flashcards with the Trainer, and the schedule over the rounds of a federation."""
 
 import contextlib
-import ctypes
-import gc
 import math
 import shutil
 import sys
@@ -31,7 +29,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fedllm_helpers import models
+from fedllm_helpers import memory, models
 from fedllm_helpers.batches import LengthBatches, collate, encode, takes_logits_to_keep
 
 HISTORY = ["step", "loss", "learning_rate"]
@@ -61,6 +59,7 @@ class Round:
     saved: bool
 
 
+@memory.loaded_set_aside()
 def fine_tune(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -109,7 +108,7 @@ def fine_tune(
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # `bf16: true` would stay on to evaluate
             model.eval()
     seconds = time.perf_counter() - start
-    _release_memory()
+    memory.release()
     return _record(trainer, seconds)
 
 
@@ -152,14 +151,6 @@ def round_config(cfg: DictConfig, *seeds: int, **arguments: Any) -> DictConfig:
     if seeds:
         changes["seed"] = int(np.random.SeedSequence([cfg.seed, *seeds]).generate_state(1)[0])
     return OmegaConf.merge(cfg, changes)
-
-
-def _release_memory() -> None:
-    """Give freed memory back: glibc keeps it, and batches of many shapes leave most of a gigabyte behind."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim:
-        trim(0)
 
 
 def _training_arguments(cfg: DictConfig, device: str, learning_rate: float | None, scratch: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error
 from flwr.serverapp import strategy as strategies
 
-from fedllm_helpers import aggregation, compression, config, nodes, packing, server_app, simulation, training
+from fedllm_helpers import aggregation, compression, config, memory, nodes, packing, server_app, simulation, training
 from fedllm_helpers.messages import from_record, to_record
 from fedllm_helpers.schema import STRATEGIES
 
@@ -57,7 +57,7 @@ def test_every_strategy_gives_what_flowers_own_loop_gives(name):
     cfg = tiny.settings(f"federation.strategy={name}", hospitals=5)
     cfg = config.load(cfg, *[f"federation.strategy_arguments.{key}={value}" for key, value in arguments.items()])
     ours, _ = tiny.federate(cfg)
-    with simulation.InProcessGrid(tiny.client(), 5, {}) as grid:
+    with simulation.InProcessGrid(tiny.client(), 5, {}) as grid, memory.loaded_set_aside():
         theirs = getattr(strategies, name)(**arguments, fraction_evaluate=0.0)
         result = theirs.start(grid, to_record(tiny.START), num_rounds=3, train_config=ConfigRecord({"lr": 1.0}))
     for key, value in from_record(result.arrays).items():

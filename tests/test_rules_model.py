@@ -28,7 +28,8 @@ from fedllm_helpers.schema import RULES
 SMALL = (
     "federation.num_clients=2 federation.num_rounds=2 federation.training_arguments.max_steps=1 federation.threads=1 "
     "federation.training_arguments.per_device_train_batch_size=2 dataset.max_cards_per_specialty=6 model.dtype=float32 "
-    "train.evaluate_split=0.34 federation.evaluate_cards=12 federation.fraction_evaluate=1.0"
+    "train.evaluate_split=0.34 federation.evaluate_cards=6 federation.fraction_evaluate=1.0 "
+    "federation.evaluate_every=5"
 )
 
 
@@ -67,7 +68,7 @@ def test_every_rule_learns_and_leaves_the_base_model_alone(rule, tmp_path):
 
 def _opens_in_plain_peft(cfg, record, folder, tokenizer):
     """What lies on disk, opened without this package, scores as the server did."""
-    test = data.load(cfg)[1].select(range(12))
+    test = data.load(cfg)[1].select(range(cfg.federation.evaluate_cards))
     again = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(embedded.fetch(), dtype=torch.float32), folder
     )
@@ -130,7 +131,13 @@ def test_an_edit_is_what_it_says_on_the_real_model():
 
 
 def test_a_poisoned_hospital_is_used_and_does_harm_and_the_median_holds():
-    cfg = small("FedIT", "federation.num_clients=3", "federation.num_rounds=1", "federation.fraction_evaluate=0")
+    whole = [
+        "federation.num_clients=3",
+        "federation.num_rounds=1",
+        "federation.fraction_evaluate=0",
+        "model.dtype=auto",
+    ]
+    cfg = small("FedIT", *three)
     honest = simulation.run(cfg, progress=False)
     for kind in poisoning.KINDS:
         bad = poisoning.client({0}, kind, 20.0)

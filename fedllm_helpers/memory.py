@@ -1,0 +1,33 @@
+"""Python's and glibc's memory around a training: what is loaded is not walked again, what was freed is given back."""
+
+import contextlib
+import ctypes
+import gc
+import sys
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def loaded_set_aside() -> Iterator[None]:
+    """Let garbage collections pass over what is there already, and take it up again at the end.
+
+    The libraries alone are 600,000 objects, a third of a second for each collection. Trainer and :func:`release` make
+    one for every training, and some of Flower's strategies several for every round. Within another such block, or
+    where a program has frozen its objects itself, this does nothing.
+    """
+    ours = gc.get_freeze_count() == 0
+    if ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if ours:
+            gc.unfreeze()
+
+
+def release() -> None:
+    """Give freed memory back: glibc keeps it, and batches of many shapes leave most of a gigabyte behind."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)
