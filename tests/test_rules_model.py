@@ -131,7 +131,7 @@ def test_an_edit_is_what_it_says_on_the_real_model():
 
 
 def test_a_poisoned_hospital_is_used_and_does_harm_and_the_median_holds():
-    whole = [
+    three = [
         "federation.num_clients=3",
         "federation.num_rounds=1",
         "federation.fraction_evaluate=0",
