@@ -4,6 +4,7 @@ import gc
 import weakref
 
 import pytest
+import tiny
 
 from fedllm_helpers import config, memory, training
 
@@ -15,9 +16,16 @@ class Knot:
         self.own = self
 
 
-def test_garbage_of_the_block_is_collected_and_what_was_there_is_passed_over():
-    before, old = weakref.ref(Knot()), gc.get_freeze_count()
+@pytest.fixture
+def by_hand():
+    """No collection but those that are asked for."""
     gc.disable()
+    yield
+    gc.enable()
+
+
+def test_garbage_of_the_block_is_collected_and_what_was_there_is_passed_over(by_hand):
+    before, old = weakref.ref(Knot()), gc.get_freeze_count()
     with memory.loaded_set_aside():
         assert gc.get_freeze_count() > 100_000, "the libraries"
         within = weakref.ref(Knot())
@@ -26,10 +34,20 @@ def test_garbage_of_the_block_is_collected_and_what_was_there_is_passed_over():
         with memory.loaded_set_aside():
             pass
         assert gc.get_freeze_count() > 100_000, "the inner block leaves it to the outer one"
-    gc.enable()
     assert gc.get_freeze_count() == old
     gc.collect()
     assert before() is None
+
+
+def test_a_federation_sets_aside_and_takes_up_again():
+    seen = []
+
+    def app(message, context):
+        seen.append(gc.get_freeze_count())
+        return tiny.client()(message, context)
+
+    tiny.federate(tiny.settings(rounds=1), app)
+    assert len(seen) >= 4 and min(seen) > 100_000 and gc.get_freeze_count() == 0
 
 
 def test_a_program_that_froze_its_objects_finds_them_frozen():

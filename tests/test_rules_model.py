@@ -29,7 +29,7 @@ SMALL = (
     "federation.num_clients=2 federation.num_rounds=2 federation.training_arguments.max_steps=1 federation.threads=1 "
     "federation.training_arguments.per_device_train_batch_size=2 dataset.max_cards_per_specialty=6 model.dtype=float32 "
     "train.evaluate_split=0.34 federation.evaluate_cards=6 federation.fraction_evaluate=1.0 "
-    "federation.evaluate_every=5"
+    "federation.evaluate_every=5"  # before the first round and after the last
 )
 
 
