@@ -2,7 +2,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: run test test-processes test-colab test-browser lab bench lint badges site
+.PHONY: run test test-processes test-colab test-browser test-gpu lab bench lint badges site
 
 run: .venv/ready
 	@$(BIN)/python notebooks/run.py
@@ -13,12 +13,18 @@ test: .venv/ready
 test-processes: .venv/ready
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile -m processes
 
-test-colab: .venv/ready
+test-cotest-gpu: .venv/ready
+	@$(BIN)/python -m pytest tests/test_gpu.py -m gpu -s
+
+lab: .venv/ready
 	@$(BIN)/python -m pytest tests/test_colab.py -m colab
 
 test-browser: .venv/ready
 	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[browser]"
 	@$(BIN)/python -m pytest tests/test_browser.py -m browser
+
+test-gpu: .venv/ready
+	@$(BIN)/python -m pytest tests/test_gpu.py -m gpu -s
 
 lab: .venv/ready
 	@$(BIN)/jupyter lab notebooks

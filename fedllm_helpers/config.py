@@ -143,6 +143,8 @@ def _check_training_arguments(arguments: DictConfig, section: str) -> None:
 
     known = [item.name for item in fields(TrainingArguments) if item.init]
     for name, value in arguments.items():
+        if name == "save_strategy" and value is False:  # what YAML makes of an unquoted no
+            arguments[name] = value = "no"
         where = f"{section}.training_arguments.{name}={value}"
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)

@@ -1,6 +1,7 @@
 """The base model and its LoRA adapter: loading, counting, and the adapter in and out as arrays."""
 
 import contextlib
+import logging
 import shutil
 import tempfile
 import warnings
@@ -47,7 +48,7 @@ def load(cfg: DictConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     where = locate(cfg.model.name)
     with _quiet():
         tokenizer = from_pretrained(AutoTokenizer, where)
-        base = from_pretrained(AutoModelForCausalLM, where, **_placement(cfg.model, device, dtype))
+        base = _never_repacked(from_pretrained(AutoModelForCausalLM, where, **_placement(cfg.model, device, dtype)))
     if not cfg.model.use_fast_tokenizer and tokenizer.is_fast:
         raise ValueError("model.use_fast_tokenizer=false: transformers 5 has no other for this model; set it to true")
     tokenizer.padding_side = cfg.train.padding_side
@@ -218,8 +219,18 @@ def _placement(settings: DictConfig, device: torch.device, dtype: torch.dtype) -
         placement["quantization_config"] = BitsAndBytesConfig(
             **four if settings.quantization == 4 else {"load_in_8bit": True}
         )
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line per product in 8 bits
         placement["device_map"] = {"": device}
     return placement
+
+
+def _never_repacked(base: torch.nn.Module) -> torch.nn.Module:
+    # On CPUs with AVX512-BF16, bitsandbytes 0.50 lays 4-bit weights out anew once they are scored: no gradient flows
+    # through these, and state_dict(), which every copy of an adapter calls, undoes it by half.
+    for layer in base.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    return base
 
 
 def from_pretrained(kind: type, where: str, **options: Any) -> Any:

@@ -103,6 +103,15 @@ def test_unknown_preset_missing_file_and_broken_yaml(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_no_means_no_where_yaml_reads_false(tmp_path):
+    (tmp_path / "mine.yaml").write_text("train: {training_arguments: {save_strategy: no}}\n")
+    for loaded in (
+        config.load(tmp_path / "mine.yaml"),
+        config.load("gpu", "train.training_arguments.save_strategy=no"),
+    ):
+        assert loaded.train.training_arguments.save_strategy == "no"
+
+
 def test_a_file_a_config_and_overrides_in_that_order(tmp_path):
     (tmp_path / "mine.yaml").write_text("model: {lora: {peft_lora_r: 4}}\n")
     mine = config.load(tmp_path / "mine.yaml", "seed=7")

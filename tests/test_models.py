@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from fedllm_helpers import communication, config, embedded, models
+from fedllm_helpers import communication, config, embedded, evaluation, models, training
 
 
 def run_python(code, **environment):
@@ -191,6 +191,24 @@ def test_quantization_shrinks_the_base_and_still_answers(cfg, loaded, bits, shar
     ids = tokenizer("Question: What is ataxia?", return_tensors="pt").input_ids.to(model.device)
     with torch.no_grad():
         assert torch.isfinite(model(ids).logits).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_model_is_scored_trained_and_scored_again(cfg, cards, loaded, bits, caplog):
+    """What one step does in fewer bits is near what it does in whole ones; afterwards the base is as it was."""
+    few = cards[1].select(range(8))
+    once = config.load(cfg, f"model.quantization={bits}", "train.training_arguments.max_steps=8")
+    model, tokenizer = models.load(once)
+    start, whole = models.get_adapter(model), evaluation.score_answers(*loaded, few)
+    untuned = evaluation.score_answers(model, tokenizer, few)
+    history = training.fine_tune(model, tokenizer, cards[0], once, progress=False).history
+    tuned = evaluation.score_answers(model, tokenizer, few)
+    models.set_adapter(model, start)
+    assert evaluation.score_answers(model, tokenizer, few).nll == pytest.approx(untuned.nll, rel=1e-3)
+    per_token = [scores.nll.sum() / scores.tokens.sum() for scores in (whole, untuned, tuned)]
+    assert per_token[1] == pytest.approx(per_token[0], rel=0.2) and per_token[2] < per_token[1] - 0.1
+    assert history["loss"].iloc[0] == pytest.approx(per_token[0], rel=0.3)
+    assert "MatMul8bit" not in caplog.text, "a line per product"
 
 
 def test_dtype_device_checkpointing_and_padding_reach_the_model(cfg):
