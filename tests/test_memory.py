@@ -25,7 +25,7 @@ def by_hand():
 
 
 def test_garbage_of_the_block_is_collected_and_what_was_there_is_passed_over(by_hand):
-    before, old = weakref.ref(Knot()), gc.get_freeze_count()
+    before = weakref.ref(Knot())
     with memory.loaded_set_aside():
         assert gc.get_freeze_count() > 100_000, "the libraries"
         within = weakref.ref(Knot())
@@ -34,7 +34,7 @@ def test_garbage_of_the_block_is_collected_and_what_was_there_is_passed_over(by_
         with memory.loaded_set_aside():
             pass
         assert gc.get_freeze_count() > 100_000, "the inner block leaves it to the outer one"
-    assert gc.get_freeze_count() == old
+    assert gc.get_freeze_count() < memory.FEW
     gc.collect()
     assert before() is None
 
@@ -47,7 +47,7 @@ def test_a_federation_sets_aside_and_takes_up_again():
         return tiny.client()(message, context)
 
     tiny.federate(tiny.settings(rounds=1), app)
-    assert len(seen) >= 4 and min(seen) > 100_000 and gc.get_freeze_count() == 0
+    assert len(seen) >= 4 and min(seen) > 100_000 and gc.get_freeze_count() < memory.FEW
 
 
 def test_a_program_that_froze_its_objects_finds_them_frozen():
@@ -64,4 +64,4 @@ def test_a_training_that_fails_leaves_nothing_set_aside(fresh, cards, cfg):
     model, tokenizer = fresh
     with pytest.raises(ValueError, match="leaves 108 of them no token"):
         training.fine_tune(model, tokenizer, cards[0], config.load(cfg, "train.seq_length=2"), progress=False)
-    assert gc.get_freeze_count() == 0
+    assert gc.get_freeze_count() < memory.FEW

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from fedllm_helpers import communication, config, embedded, evaluation, models, training
+from fedllm_helpers import batches, communication, config, embedded, evaluation, models, training
 
 
 def run_python(code, **environment):
@@ -116,6 +116,15 @@ def test_converted_weights_are_those_of_the_file():
     assert len(block) <= 16
     steps = np.diff(block) / np.diff(block).min()
     assert np.allclose(steps, steps.round(), atol=0.02)
+
+
+def test_special_tokens_are_those_of_the_model(loaded, cards):
+    """The hub's own: it starts and ends turns of a chat; with another end, answers would end elsewhere."""
+    tokenizer = loaded[1]
+    special = [getattr(tokenizer, f"{kind}_token") for kind in ("bos", "eos", "pad", "unk")]
+    assert special == ["<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>"]
+    rows = batches.encode(cards[0], tokenizer, 128)
+    assert {row["labels"][-1] for row in rows} == {tokenizer.eos_token_id} == {2}
 
 
 def test_loading_needs_no_network():

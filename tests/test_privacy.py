@@ -152,7 +152,7 @@ def one_by_one(model, tokenizer, rows):
     """The gradient of each card's mean loss, from a backward pass of its own; shape (cards, values)."""
     trained, found = [p for p in model.parameters() if p.requires_grad], []
     for row in rows:
-        batch = batches.collate([row], tokenizer)
+        batch = {key: part.to(model.device) for key, part in batches.collate([row], tokenizer).items()}
         labels = batch.pop("labels")
         del batch["shift_labels"]
         model.zero_grad()

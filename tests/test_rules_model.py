@@ -118,7 +118,7 @@ def test_an_edit_is_what_it_says_on_the_real_model():
     rng, start = np.random.default_rng(0), first_adapter(cfg)
     adapter = {key: value + rng.normal(0, 0.02, value.shape).astype(np.float32) for key, value in start.items()}
     scaled = {k: v * editing.scaling(cfg.model.lora) if factors.B in k else v for k, v in adapter.items()}
-    tokens = torch.arange(5, 25)[None]
+    tokens = torch.arange(5, 25, device=model.device)[None]
     with torch.no_grad():
         models.set_adapter(model, adapter)
         wanted = model(tokens).logits
