@@ -13,10 +13,7 @@ test: .venv/ready
 test-processes: .venv/ready
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile -m processes
 
-test-cotest-gpu: .venv/ready
-	@$(BIN)/python -m pytest tests/test_gpu.py -m gpu -s
-
-lab: .venv/ready
+test-colab: .venv/ready
 	@$(BIN)/python -m pytest tests/test_colab.py -m colab
 
 test-browser: .venv/ready

@@ -1,12 +1,10 @@
 """The base model and its LoRA adapter: loading, counting, and the adapter in and out as arrays."""
 
 import contextlib
-import logging
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,11 @@ from safetensors.numpy import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
-from fedllm_helpers import embedded
+from fedllm_helpers import embedded, placement
 
 Adapter = dict[str, np.ndarray]
 
@@ -48,13 +45,12 @@ def load(cfg: DictConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     where = locate(cfg.model.name)
     with _quiet():
         tokenizer = from_pretrained(AutoTokenizer, where)
-        base = _never_repacked(from_pretrained(AutoModelForCausalLM, where, **_placement(cfg.model, device, dtype)))
+        base = from_pretrained(AutoModelForCausalLM, where, **placement.options(cfg.model, device, dtype))
     if not cfg.model.use_fast_tokenizer and tokenizer.is_fast:
         raise ValueError("model.use_fast_tokenizer=false: transformers 5 has no other for this model; set it to true")
     tokenizer.padding_side = cfg.train.padding_side
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if cfg.model.quantization is None:
-        base = base.to(device)
+    base = base.to(device) if cfg.model.quantization is None else placement.never_repacked(base)
     if cfg.model.gradient_checkpointing:
         base.config.use_cache = False
         with _quiet():
@@ -207,34 +203,6 @@ def locate(name: str) -> str:
     if folder.is_absolute() or name.startswith((".", "~")):
         raise FileNotFoundError(f"no model folder at {name}")
     return name
-
-
-def _placement(settings: DictConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    # On a CPU, PyTorch's fused attention is slow backwards on short sequences: a step takes 1.2 to 1.3 times as long.
-    placement: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager" if device.type == "cpu" else "sdpa"}
-    if device.type == "cuda":
-        # cuDNN's attention, torch's first choice on an H100 and newer, gives gradients of NaN beside padding in batches
-        # 64 tokens long, or 192, or 320 (pytorch issue 196678): there, one training in six of a federation ended so.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    if settings.quantization is not None:
-        if find_spec("bitsandbytes") is None:
-            raise ValueError("model.quantization needs bitsandbytes: pip install it, or set null")
-        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-        placement["quantization_config"] = BitsAndBytesConfig(
-            **four if settings.quantization == 4 else {"load_in_8bit": True}
-        )
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line per product in 8 bits
-        placement["device_map"] = {"": device}
-    return placement
-
-
-def _never_repacked(base: torch.nn.Module) -> torch.nn.Module:
-    # On CPUs with AVX512-BF16, bitsandbytes 0.50 lays 4-bit weights out anew once they are scored: no gradient flows
-    # through these, and state_dict(), which every copy of an adapter calls, undoes it by half.
-    for layer in base.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
-    return base
 
 
 def from_pretrained(kind: type, where: str, **options: Any) -> Any:

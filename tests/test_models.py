@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from fedllm_helpers import batches, communication, config, embedded, evaluation, models, training
+from fedllm_helpers import batches, communication, config, embedded, evaluation, models, placement, training
 
 
 def run_python(code, **environment):
@@ -273,6 +273,6 @@ def test_absent_cuda_and_folders_that_are_not_whole(cfg, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="is not whole") as caught:
         models.load(config.load(cfg, f"model.name={tmp_path}"))
     assert "\n" not in str(caught.value)
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    monkeypatch.setattr(placement, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs bitsandbytes"):
         models.load(config.load(cfg, "model.quantization=4"))

@@ -154,7 +154,7 @@ def test_readme_lists_every_notebook():
         assert path.name in readme
     assert "PIP_ARGS" in readme and readme.count("medical advice") == 1
     targets = set(re.findall(r"make (?:PYTHON=\S+ )?([a-z-]+)", readme))
-    assert {"run", "test", "test-processes", "test-colab", "test-browser"} <= targets
+    assert {"run", "test", "test-processes", "test-colab", "test-browser", "test-gpu"} <= targets
     assert all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in targets), targets
     ci = (ROOT / ".ci" / "run").read_text()
     assert set(re.findall(r"^make (\S+)$", ci, re.M)) <= targets, "what CI runs stands in README"
