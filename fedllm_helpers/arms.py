@@ -147,14 +147,16 @@ def pool(processes: int) -> ProcessPoolExecutor:
 
 
 def key_of(cfg: DictConfig, *parts: Any) -> str:
-    """A name for a result with these settings, these parts and these versions of packages.
+    """A name for a result with these settings, these parts and these versions of packages, and on a GPU with its name.
 
     Sections that are switched off are left out of it, so that results from before such a section existed count.
     """
     settings = OmegaConf.to_container(cfg)
     if not privacy.silent(cfg):
         del settings["federation"]["privacy"], settings["federation"]["secure_aggregation"]
-    text = json.dumps([OmegaConf.to_yaml(OmegaConf.create(settings)), *parts, provenance(cfg)["versions"]])
+    origin = provenance(cfg)
+    other = [] if origin["machine"]["device"] == "cpu" else [origin["machine"]["device"], origin["machine"]["dtype"]]
+    text = json.dumps([OmegaConf.to_yaml(OmegaConf.create(settings)), *parts, origin["versions"], *other])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -45,6 +45,7 @@ def load(source: str | Path | DictConfig = "cpu", *overrides: str) -> DictConfig
         given = source if isinstance(source, DictConfig) else OmegaConf.load(_path_of(source))
         config = OmegaConf.structured(Config)
         config = OmegaConf.merge(config, given, changes)
+        OmegaConf.set_readonly(config, False)  # merged from a configuration that is
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         raise ValueError(_one_line(error)) from None

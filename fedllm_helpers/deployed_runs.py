@@ -46,7 +46,7 @@ def run(
 
     Args:
         running: from :func:`fedllm_helpers.deployment.start`.
-        cfg: of the federation; with the same ``federation.threads`` the adapter is the same to the last bit.
+        cfg: of the federation; on CPUs, with the same ``federation.threads``, the adapter is the same to the last bit.
         name: of the run; one that was cut off goes on after its last finished round under its own name.
         show: takes the server's lines as they come, one for each round.
 

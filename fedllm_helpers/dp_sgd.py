@@ -52,6 +52,10 @@ class PrivateTrainer(AdapterTrainer):
         super().__init__(*args, **kw)
         if self.mu or self.args.gradient_accumulation_steps != 1:
             raise ValueError("DP-SGD goes with neither FedProx nor gradient_accumulation_steps above 1")
+        if self.args.fp16:
+            raise ValueError(
+                "DP-SGD goes without fp16, which scales gradients before they are clipped: set model.dtype"
+            )
         self.plan, (self.sampling, self.noise) = plan, map(np.random.default_rng, seed.spawn(2))
         self.args.max_grad_norm = 0.0  # each card's gradient is clipped instead
         self.trained = [p for p in self.model.parameters() if p.requires_grad]

@@ -60,6 +60,7 @@ def _model_settings(cfg: DictConfig) -> str:
 
 @lru_cache(maxsize=1)
 def _base_model(text: str) -> tuple[PeftModel, PreTrainedTokenizerBase, models.Adapter]:
+    _base_model.cache_clear()  # the model before goes first: two of 7B do not fit
     model, tokenizer = models.load(config.load(OmegaConf.create(text)))
     return model, tokenizer, models.get_adapter(model)
 

@@ -35,7 +35,7 @@ def provenance(cfg: DictConfig, **more: Any) -> dict[str, Any]:
             "system": platform.system(),
             "processor": _processor(),
             "cores": os.cpu_count(),
-            "device": _device(),
+            **_device(cfg),
         },
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
@@ -66,8 +66,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+def _device(cfg: DictConfig) -> dict[str, str]:
+    try:
+        device, dtype = models.device_and_dtype(cfg.model.device, cfg.model.dtype)
+    except ValueError:  # the result is of another machine
+        return {"device": cfg.model.device, "dtype": cfg.model.dtype}
+    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    return {"device": name, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def _processor() -> str:

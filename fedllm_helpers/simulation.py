@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import message_from_proto, message_to_proto, recorddict_from_proto, recorddict_to_proto
@@ -25,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedllm_helpers import aggregation, client_app, edits, masked_clients, rules, server_app, training
 from fedllm_helpers.messages import from_record, quiet_flower
-from fedllm_helpers.models import Adapter
+from fedllm_helpers.models import Adapter, device_and_dtype
 from fedllm_helpers.provenance import provenance
 from fedllm_helpers.tables import Tables
 
@@ -64,7 +63,8 @@ def run(
     Args:
         cfg: from :func:`fedllm_helpers.config.load`.
         backend: ``"in-process"``: clients one after the other, one copy of the model. ``"ray"``: in several processes
-            (extra ``sim``). With the same ``federation.threads`` the adapters are the same to the last bit.
+            (extra ``sim``), each with its copy of the model. On CPUs, with the same ``federation.threads``, the
+            adapters are the same to the last bit.
         folder: where every finished round is kept; a folder with rounds of the same settings is gone on with. None
             keeps nothing. What hospitals remember (error feedback) is kept in process; on Ray it ends with the run.
         progress: whether to show a bar over rounds and clients.
@@ -227,7 +227,8 @@ def _run_on_ray(cfg: DictConfig, given: dict[str, Any], actors: int) -> Context:
         server_app.app(grid, context)
         kept.append(context)
 
-    gpu = 1 / actors if torch.cuda.is_available() else 0
+    on_gpu = device_and_dtype(cfg.model.device)[0].type == "cuda"
+    gpu = int(1e4 / actors) / 1e4 if on_gpu else 0  # Ray rounds to four digits, and a last actor must still fit
     resources = {
         "client_resources": {"num_cpus": 1, "num_gpus": gpu},
         "init_args": {"num_cpus": actors, "include_dashboard": False, "log_to_driver": False},

@@ -178,7 +178,11 @@ class AdapterTrainer(Trainer):
     def __init__(
         self, model: PeftModel, arguments: dict, collator: Callable, rows: list[dict], callbacks: list, mu: float = 0.0
     ) -> None:
-        super().__init__(model, TrainingArguments(**arguments), collator, rows, callbacks=callbacks)
+        given = TrainingArguments(**arguments)
+        given._n_gpu = min(given.n_gpu, 1)  # Trainer would split a batch over all GPUs, and `logits_to_keep` with it
+        if mu and given.fp16:
+            raise ValueError("FedProx goes without fp16, which scales gradients: set model.dtype instead")
+        super().__init__(model, given, collator, rows, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.examples, self.tokens, self.cells, self.kept, self.mu = 0, 0, 0, [], mu

@@ -105,9 +105,11 @@ def test_unknown_preset_missing_file_and_broken_yaml(tmp_path):
 
 def test_no_means_no_where_yaml_reads_false(tmp_path):
     (tmp_path / "mine.yaml").write_text("train: {training_arguments: {save_strategy: no}}\n")
+    said = "train.training_arguments.save_strategy=no"
     for loaded in (
         config.load(tmp_path / "mine.yaml"),
-        config.load("gpu", "train.training_arguments.save_strategy=no"),
+        config.load("gpu", said),
+        config.load(config.load("gpu"), said),
     ):
         assert loaded.train.training_arguments.save_strategy == "no"
 

@@ -1,5 +1,6 @@
 """The two apps on the real model: in this process, on Ray, by ``flwr run``, and killed in between."""
 
+import gc
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,7 +19,17 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from fedllm_helpers import client_app, communication, config, embedded, models, partitions, simulation, training
+from fedllm_helpers import (
+    client_app,
+    communication,
+    config,
+    embedded,
+    messages,
+    models,
+    partitions,
+    simulation,
+    training,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -121,6 +133,23 @@ def test_fedprox_keeps_the_adapter_near_where_it_came_from(fresh, cards, cfg):
         after = models.get_adapter(model)
         moved[mu] = sum(float(((after[key] - before[key]) ** 2).sum()) for key in before)
     assert moved[1000.0] < 0.7 * moved[0.0]
+    scaled = config.load(cfg, "train.training_arguments.fp16=true")
+    with pytest.raises(ValueError, match="FedProx goes without fp16"):
+        training.fine_tune(model, tokenizer, cards[0], scaled, proximal_mu=1.0, progress=False)
+
+
+def test_a_process_holds_one_model_also_while_it_loads_the_next(cfg, monkeypatch):
+    load, left = models.load, []
+    first = weakref.ref(messages.base_model(config.load(cfg, "model.lora.peft_lora_r=2"))[0])
+
+    def load_next(settings):
+        gc.collect()
+        left.append(first())
+        return load(settings)
+
+    monkeypatch.setattr(models, "load", load_next)
+    messages.base_model(config.load(cfg, "model.lora.peft_lora_r=3"))
+    assert left == [None]
 
 
 def test_hospitals_score_the_average_on_their_own_held_out_cards(small):

@@ -253,11 +253,20 @@ def test_a_training_that_was_stopped_leaves_a_model_that_trains(exact, cards):
     models.set_adapter(model, adapter)
 
 
+def test_gradients_that_are_scaled_are_not_clipped(exact, cards):
+    cfg, model, tokenizer, _ = exact
+    plan = accounting.RecordPrivacy(1.0, 1.0, 0.5, 2, 1e-3, 5.0)
+    scaled = config.load(cfg, "train.training_arguments.fp16=true")
+    private = dp_sgd.trainer(plan, np.random.SeedSequence(0))
+    with pytest.raises(ValueError, match="DP-SGD goes without fp16"):
+        training.fine_tune(model, tokenizer, cards[0], scaled, trainer=private, progress=False)
+
+
 def test_poisson_batches_vary_around_the_expected_size(exact, cards):
     cfg, model, tokenizer, _ = exact
     plan, sizes = accounting.RecordPrivacy(1.0, 1.0, 0.3, 400, 1e-3, 1.0), []
     local = training.round_config(cfg, max_steps=400, per_device_train_batch_size=6)
-    arguments = training._training_arguments(local, "cpu", None, "unused")
+    arguments = training._training_arguments(local, model.device.type, None, "unused")
     rows = [{"n": n} for n in range(20)]
     trainer = dp_sgd.PrivateTrainer(model, arguments, list, rows, [], plan=plan, seed=np.random.SeedSequence(1))
     sizes = [len(batch) for batch in trainer.get_train_dataloader()]
