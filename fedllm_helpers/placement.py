@@ -12,6 +12,8 @@ from transformers import BitsAndBytesConfig
 def options(settings: DictConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """What ``from_pretrained`` is given for the settings of a model, ``cfg.model``.
 
+    On CUDA it also switches off cuDNN's attention, and with a quantization one logger's warnings: for the process.
+
     Raises:
         ValueError: a quantization is asked for, and bitsandbytes is not there.
     """

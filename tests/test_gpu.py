@@ -1,4 +1,4 @@
-"""What changes on a GPU: where it computes, 4 bits, and memory; the answers do not. `make test-gpu`, five minutes."""
+"""What changes on a GPU: where it computes, 4 bits, and memory; the answers do not. `make test-gpu`, some minutes."""
 
 import functools
 import json
