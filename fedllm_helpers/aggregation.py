@@ -14,10 +14,17 @@ from omegaconf import DictConfig, OmegaConf
 from fedllm_helpers import factors, privacy, rule_checks
 from fedllm_helpers.messages import from_record, to_record
 from fedllm_helpers.models import Adapter
-from fedllm_helpers.nodes import reason
+from fedllm_helpers.screening import Reply, printable
 
 # These need the mean of the replies alone: it is summed up while they come, one in memory. The others compare them all.
 AVERAGING = ("FedAvg", "FedAvgM", "FedProx", "FedAdagrad", "FedAdam", "FedYogi")
+# Fewer replies than these, and what the strategy promises against f cheats does not hold, or nobody is cut off.
+NEEDED: dict[str, Callable[[Any], int]] = {
+    "Krum": lambda krum: 2 * krum.num_malicious_nodes + 3,  # Blanchard et al. 2017, arXiv:1703.02757
+    "MultiKrum": lambda krum: max(2 * krum.num_malicious_nodes + 3, krum.num_nodes_to_select),
+    "Bulyan": lambda bulyan: 4 * bulyan.num_malicious_nodes + 3,  # El Mhamdi et al. 2018, arXiv:1802.07927
+    "FedTrimmedAvg": lambda trimmed: math.ceil(1 / trimmed.beta) if trimmed.beta else 1,
+}
 
 
 def weighted_mean(adapters: Iterable[tuple[Adapter, float]]) -> Adapter:
@@ -60,53 +67,6 @@ def difference(adapter: Adapter, shapes: dict[str, tuple[int, ...]]) -> str | No
     return wrong and f"{wrong!r} has shape {adapter[wrong].shape}, not {shapes[wrong]}"
 
 
-def fault(reply: Message, adapter: Adapter, silent: bool = False) -> str | None:
-    """Why a reply to a training message cannot be used, in one line; None where it can.
-
-    Args:
-        reply: of a client.
-        adapter: as it was sent out: a reply has its keys, shapes and dtypes.
-        silent: hospitals keep their losses to themselves.
-    """
-    if reply.has_error():
-        return f"it failed: {reason(reply).splitlines()[-1]}"
-    records = reply.content
-    if len(records.array_records) != 1 or len(records.metric_records) != 1:
-        return "it does not hold one adapter and one set of numbers"
-    metrics, given = next(iter(records.metric_records.values())), next(iter(records.array_records.values()))
-    examples = metrics.get("num-examples")
-    if not isinstance(examples, (int, float)) or not math.isfinite(examples) or examples <= 0:
-        return f"its num-examples is {examples}, not a number above 0"
-    loss = 0.0 if silent else metrics.get("loss-before")
-    if not isinstance(loss, (int, float)) or not math.isfinite(loss):
-        return f"its loss-before is {loss}, not a finite number"
-    try:
-        sent = from_record(given)
-    except ValueError as error:
-        return f"its arrays cannot be read: {error}"
-    different = difference(sent, {key: value.shape for key, value in adapter.items()})
-    if different:
-        return different
-    for key, value in sent.items():
-        if value.dtype != adapter[key].dtype:
-            return f"{key!r} is {value.dtype}, not {adapter[key].dtype}"
-        if not np.isfinite(value).all():
-            return f"{key!r} holds values that are not finite"
-    return None
-
-
-def tidied(reply: Message, adapter: Adapter) -> Message:
-    """A usable reply with its arrays in the order of ``adapter`` and the numbers that strategies use, nothing else.
-
-    Some strategies go by place and not by key, and all of them end the run where two clients' numbers have other names.
-    """
-    metrics, given = next(iter(reply.content.metric_records.values())), next(iter(reply.content.array_records.values()))
-    numbers = {name: float(metrics.get(name, 0.0)) for name in ("num-examples", "loss-before")}
-    arrays = ArrayRecord({key: given[key] for key in adapter})
-    reply.content = RecordDict({"arrays": arrays, "metrics": MetricRecord(numbers)})
-    return reply
-
-
 def make_strategy(cfg: DictConfig) -> Strategy:
     """The strategy named in a configuration, with its arguments. Sampling is the server app's: here it takes all.
 
@@ -145,10 +105,11 @@ def make_strategy(cfg: DictConfig) -> Strategy:
 def combine(
     strategy: Strategy,
     number: int,
-    replies: Iterable[Message],
+    replies: Iterable[Reply],
+    like: Message,
     minimum: int = 1,
     finish: Callable[[Adapter, float], Adapter] | None = None,
-) -> Adapter | None:
+) -> tuple[Adapter | None, str]:
     """Combine the usable replies of a round, in the order given, as the strategy does.
 
     Args:
@@ -156,48 +117,84 @@ def combine(
         number: of the round, from 1.
         replies: screened, ordered by hospital. A strategy that averages gets their weighted mean as one reply, so that
             only one of them is in memory at a time.
+        like: a request of the round, to which the messages that the strategy gets are replies.
         minimum: fewer replies than that combine to nothing, and the strategy learns nothing from them.
         finish: makes of the mean, and of the largest share of a reply in it, what the strategy is given, such as the
             mean with noise; for strategies that average.
 
     Returns:
-        The new adapter; None where there were too few replies.
+        The new adapter and ``""``; None and ``""`` where there were too few replies; None and why, where the strategy
+        made nothing of them.
     """
     if type(strategy).__name__ in AVERAGING:
-        replies, count = _mean_reply(replies, finish)
+        mean, count = _mean(replies, finish)
+        messages = [as_reply(mean, like)]
     else:
-        replies = list(replies)
-        count = len(replies)
-    if count < minimum or not count:
-        return None
-    arrays, _ = strategy.aggregate_train(number, replies)
-    return None if arrays is None else {key: value.astype(np.float32) for key, value in from_record(arrays).items()}
+        messages = [
+            as_reply(one.arrays, like, one.numbers["num-examples"], one.numbers["loss-before"]) for one in replies
+        ]
+        count = len(messages)
+    return step(strategy, number, messages) if count >= minimum and count else (None, "")
 
 
-def _mean_reply(
-    replies: Iterable[Message], finish: Callable[[Adapter, float], Adapter] | None
-) -> tuple[list[Message], int]:
-    shell: list[Message] = []  # the first reply, emptied: the mean goes into it
+def step(strategy: Strategy, number: int, messages: list[Message]) -> tuple[Adapter | None, str]:
+    """What a strategy makes of a round's messages, float32; or None and why. Then it is as it was before the round."""
+    name, before = type(strategy).__name__, dict(vars(strategy))
+    needed = NEEDED.get(name, lambda _: 1)(strategy)
+    if name not in AVERAGING and len(messages) < needed:
+        return None, f"not combined: {name} needs {needed} replies, {len(messages)} came"
+
+    def aggregate() -> Adapter | None:
+        """One call of Flower's."""
+        arrays, _ = strategy.aggregate_train(number, messages)
+        return None if arrays is None else {k: v.astype(np.float32) for k, v in from_record(arrays).items()}
+
+    made, why = tried(name, aggregate)
+    if why:
+        vars(strategy).update(before)
+    return made, why
+
+
+def tried(name: str, make: Callable[[], Adapter | None]) -> tuple[Adapter | None, str]:
+    """What ``make`` returns, if that is a finite adapter; else None, and why in one line."""
+    try:
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            made = make()
+    except Exception as error:  # Flower's strategies raise what they like, and a round may fail
+        return None, printable(f"not combined: {name}: {type(error).__name__}: {error}")
+    if made is None:
+        return None, f"not combined: {name} makes nothing of these replies"
+    if not all(np.isfinite(value).all() for value in made.values()):
+        return None, f"not combined: {name} made finite adapters into one that is not"
+    return made, ""
+
+
+def as_reply(arrays: Adapter, like: Message, cards: float = 1.0, loss: float = 0.0) -> Message:
+    """An adapter as one client's reply, for strategies that take replies: the numbers that they use, nothing else.
+
+    Some strategies go by place and not by key, and all of them end the run where two clients' numbers have other names.
+    """
+    reply = Message(RecordDict(), reply_to=like)
+    numbers = {"num-examples": cards, "loss-before": 0.0 if math.isnan(loss) else loss}
+    reply.content = RecordDict({"arrays": to_record(arrays), "metrics": MetricRecord(numbers)})
+    return reply
+
+
+def _mean(replies: Iterable[Reply], finish: Callable[[Adapter, float], Adapter] | None) -> tuple[Adapter, int]:
     weights: list[float] = []
 
     def pairs() -> Iterator[tuple[Adapter, float]]:
         """Adapters and their numbers of cards, each reply let go before the next."""
         for reply in replies:
-            numbers, arrays = next(iter(reply.content.metric_records.values())), reply.content.array_records
-            if not shell:
-                shell.append(reply)
-                reply.content = RecordDict()
-            weights.append(float(numbers["num-examples"]))
-            yield from_record(next(iter(arrays.values()))), weights[-1]
+            weights.append(reply.numbers["num-examples"])
+            yield reply.arrays, weights[-1]
 
     rest = pairs()
     first = next(rest, None)
     if first is None:
-        return [], 0
+        return {}, 0
     mean = weighted_mean(itertools.chain([first], rest))
-    mean = finish(mean, max(weights) / sum(weights)) if finish else mean
-    shell[0].content = RecordDict({"arrays": to_record(mean), "metrics": MetricRecord({"num-examples": 1.0})})
-    return shell, len(weights)
+    return finish(mean, max(weights) / sum(weights)) if finish else mean, len(weights)
 
 
 def strategy_state(strategy: Strategy) -> tuple[dict[str, np.ndarray], dict[str, list]]:

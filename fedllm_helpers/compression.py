@@ -15,6 +15,7 @@ from fedllm_helpers import rules
 from fedllm_helpers.communication import BITS
 from fedllm_helpers.messages import first_adapter, from_record, settings, to_record
 from fedllm_helpers.models import Adapter
+from fedllm_helpers.screening import Shapes
 
 KINDS = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8, "int4": np.uint8}  # of ``values``
 RESIDUAL = "residual"  # what a client has not sent yet, in its own ``context.state``
@@ -73,12 +74,10 @@ def decode(encoded: Adapter, like: Adapter, number_format: str = "fp32", keep: f
     Raises:
         ValueError: the arrays are not those of such an encoding.
     """
-    rows, levels = _row_of(like), BITS[number_format] < 16
-    names = {"values"} | ({"mask"} if keep < 1 else set()) | ({"scales", "unit"} if levels else set())
-    if encoded.keys() != names:
-        raise ValueError(f"expected the arrays {', '.join(sorted(names))}, there are {', '.join(sorted(encoded))}")
-    kinds = {"values": KINDS[number_format], "scales": np.float16, "unit": np.float32, "mask": np.uint8}
-    odd = next((name for name in names if encoded[name].ndim != 1 or encoded[name].dtype != kinds[name]), None)
+    rows, kinds = _row_of(like), _kinds(number_format, keep)
+    if encoded.keys() != kinds.keys():
+        raise ValueError(f"expected the arrays {', '.join(sorted(kinds))}, there are {', '.join(sorted(encoded))}")
+    odd = next((name for name in kinds if encoded[name].ndim != 1 or encoded[name].dtype != kinds[name]), None)
     if odd:  # other shapes would multiply to anything
         raise ValueError(
             f"{odd!r} is {encoded[odd].dtype} of shape {encoded[odd].shape}, not flat {kinds[odd].__name__}"
@@ -89,7 +88,7 @@ def decode(encoded: Adapter, like: Adapter, number_format: str = "fp32", keep: f
         values = _unpack(values)[:count] if len(values) == -(-count // 2) else values
     if len(values) != count:
         raise ValueError(f"{encoded['values'].nbytes} bytes of values for {count} places of {number_format}")
-    if levels:
+    if "scales" in kinds:
         scales, unit = encoded["scales"], encoded["unit"]
         if len(scales) != rows.max(initial=-1) + 1 or len(unit) != 1:
             raise ValueError(f"{len(scales)} scales for {rows.max(initial=-1) + 1} rows")
@@ -105,22 +104,31 @@ def request_arrays(cfg: DictConfig, adapter: Adapter) -> ArrayRecord:
     return to_record(adapter if how == "fp32" else encode(adapter, how))
 
 
-def decompress(cfg: DictConfig, reply: Message, adapter: Adapter) -> str | None:
-    """Put into a reply the adapter that its update leads to, from the one sent out; or say why that is impossible.
+def packs(cfg: DictConfig) -> bool:
+    """Whether hospitals send updates, encoded, in place of adapters.
 
-    The update is added to the server's own adapter, which ``down`` did not round.
+    They do wherever anything is compressed: from an adapter that came down rounded, an adapter that goes up would carry
+    the rounding back. Masked updates have a format of their own.
     """
     how = cfg.federation.compression
-    if reply.has_error() or (how.up == "fp32" and how.keep >= 1):
-        return None
-    records = reply.content.array_records
-    try:
-        (name,) = records
-        update = decode(from_record(records[name]), adapter, how.up, how.keep)
-    except (TypeError, ValueError, zlib.error) as error:
-        return f"its update cannot be decoded: {error}"
-    reply.content[name] = to_record({key: value + update[key] for key, value in adapter.items()})
-    return None
+    few = how.up != "fp32" or how.down != "fp32" or how.keep < 1
+    return few and cfg.federation.secure_aggregation.threshold is None
+
+
+def layout(cfg: DictConfig) -> Shapes:
+    """The arrays of an encoded update, by name; :func:`decode` knows how long each has to be."""
+    kinds = _kinds(cfg.federation.compression.up, cfg.federation.compression.keep)
+    return {name: (np.dtype(kind), (None,)) for name, kind in kinds.items()}
+
+
+def restored(cfg: DictConfig, encoded: Adapter, adapter: Adapter) -> Adapter:
+    """The adapter that an encoded update leads to, from the server's own, which ``down`` did not round.
+
+    Raises:
+        ValueError: the update cannot be decoded.
+    """
+    update = decode(encoded, adapter, cfg.federation.compression.up, cfg.federation.compression.keep)
+    return {key: value + update[key] for key, value in adapter.items()}
 
 
 def remembers(cfg: DictConfig) -> bool:
@@ -143,7 +151,7 @@ def client_mod(message: Message, context: Context, call_next: Callable[[Message,
     if how.down != "fp32":
         like = rules.down(cfg, first_adapter(cfg), int(context.node_config["partition-id"]))
         message.content["arrays"] = to_record(decode(from_record(message.content["arrays"]), like, how.down))
-    if message.metadata.message_type != "train" or (how.up == "fp32" and how.keep >= 1):
+    if message.metadata.message_type != "train" or not packs(cfg):
         return call_next(message, context)
     start = rules.start(cfg, message, context)
     reply = call_next(message, context)
@@ -151,15 +159,20 @@ def client_mod(message: Message, context: Context, call_next: Callable[[Message,
         return reply
     trained, late = from_record(reply.content["arrays"]), context.state.array_records.get(RESIDUAL) or {}
     update = {key: trained[key] - start[key] for key in start}
-    if how.error_feedback:
+    if remembers(cfg):
         update = {key: value + late[key].numpy() if key in late else value for key, value in update.items()}
     encoded = encode(update, how.up, how.keep)
-    if how.error_feedback:
+    if remembers(cfg):
         sent = decode(encoded, update, how.up, how.keep)
         left = to_record({key: value - sent[key] for key, value in update.items()})
         context.state[RESIDUAL] = ArrayRecord({**late, **left})  # of factors that rest in this round, too
     reply.content["arrays"] = to_record(encoded)
     return reply
+
+
+def _kinds(number_format: str, keep: float) -> dict[str, type]:
+    few = {"scales": np.float16, "unit": np.float32} if BITS[number_format] < 16 else {}
+    return {"values": KINDS[number_format], **few, **({"mask": np.uint8} if keep < 1 else {})}
 
 
 def _flat(adapter: Adapter) -> np.ndarray:
@@ -202,7 +215,11 @@ def _largest(flat: np.ndarray, keep: float) -> np.ndarray:
 
 def _unmask(mask: np.ndarray, size: int) -> np.ndarray:
     enough = size // 8 + 2  # whatever it claims to hold
-    bits = np.unpackbits(np.frombuffer(zlib.decompressobj().decompress(mask.tobytes(), enough), np.uint8))
+    try:
+        whole = zlib.decompressobj().decompress(mask.tobytes(), enough)
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+    bits = np.unpackbits(np.frombuffer(whole, np.uint8))
     if len(bits) != -(-size // 8) * 8 or bits[size:].any():
         raise ValueError(f"a mask of {len(bits)} bits for {size} places")
     return bits[:size].astype(bool)

@@ -3,19 +3,24 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from omegaconf import DictConfig
 
 from fedllm_helpers import secure_aggregation as secure
 from fedllm_helpers.masked_clients import MASKED, SENT
-from fedllm_helpers.messages import from_record, message_bytes
+from fedllm_helpers.messages import message_bytes
 from fedllm_helpers.models import Adapter
-from fedllm_helpers.nodes import reason, send, sender
+from fedllm_helpers.nodes import send
+from fedllm_helpers.screening import Reply, looked_at, read_numbers, read_parts, read_shares
 
 logger = logging.getLogger(__name__)
+
+KEYS = ("mask_key", "cipher_key", "commitment")  # of a hospital's public half
 
 
 @dataclass
@@ -48,22 +53,32 @@ class Session:
         """
         cards = self.cfg.federation.privacy.client
         equal = cards.noise_multiplier is not None and cards.weights == "uniform"
-        for hospital, content in self._ask("keys", {k: ConfigRecord({"round": self.number}) for k in asked}):
-            given = content[SENT]
-            self.public[hospital] = secure.Public(given["mask_key"], given["cipher_key"], given["commitment"])
-            self.weights[hospital] = 1 if equal else int(content["metrics"]["num-examples"])
+        for hospital, (public, cards) in self._ask("keys", {k: ConfigRecord({"round": self.number}) for k in asked}):
+            self.public[hospital], self.weights[hospital] = public, 1 if equal else cards
+        self._leave_room()
         if len(self.public) < self.threshold:
             return []
         self.places = {hospital: place for place, hospital in enumerate(sorted(self.public), 1)}
-        made = {
-            hospital: content[SENT]
-            for hospital, content in self._ask("shares", dict.fromkeys(self.public, self.orders()))
-        }
+        made = dict(self._ask("shares", dict.fromkeys(self.public, self.orders())))
         self.public = {hospital: key for hospital, key in sorted(self.public.items()) if hospital in made}
-        for maker, given in made.items():
-            for hospital, share in zip(given["hospitals"], given["shares"], strict=True):
+        for maker, shares in made.items():
+            for hospital, share in shares.items():
                 self.shares.setdefault(hospital, {})[maker] = share
         return sorted(self.public) if len(self.public) >= self.threshold else []
+
+    def _leave_room(self) -> None:
+        """Leave out whoever claims the most cards, until the sum of all is exact to 8 bits."""
+        while self.public:
+            try:
+                secure.fixed_point(
+                    [self.weights[k] for k in self.public], self.cfg.federation.secure_aggregation.value_range
+                )
+                return
+            except ValueError:
+                most = max(self.public, key=self.weights.get)
+                del self.public[most]
+                said = "round %d: hospital %d is left out of the keys: its %d cards leave no bits for the sum"
+                logger.warning(said, self.number, most, self.weights[most])
 
     def orders(self) -> ConfigRecord:
         """What a hospital needs to make shares or to mask: everyone's public keys and weights."""
@@ -82,24 +97,11 @@ class Session:
             }
         )
 
-    def fault(self, reply: Message, size: int) -> str | None:
-        """Why a masked reply cannot be used; None where it can. What is in it, nobody can check."""
-        if reply.has_error():
-            return f"it failed: {reason(reply).splitlines()[-1]}"
-        try:
-            (arrays,) = reply.content.array_records.values()
-            values = from_record(arrays)[MASKED]
-        except (KeyError, ValueError) as error:
-            return f"it does not hold one masked update: {error}"
-        if values.dtype != np.uint32 or values.shape != (size,):
-            return f"its masked update is {values.dtype} of shape {values.shape}, not uint32 of ({size},)"
-        return None
-
-    def add(self, hospital: int, reply: Message) -> None:
-        """Add a masked update to the sum; one is in memory at a time."""
-        values = from_record(next(iter(reply.content.array_records.values())))[MASKED]
+    def add(self, reply: Reply) -> None:
+        """Add a masked update to the sum; one is in memory at a time. What is in it, nobody can check."""
+        values = reply.arrays[MASKED]
         self.total = values.copy() if self.total is None else self.total + values
-        self.survivors.add(hospital)
+        self.survivors.add(reply.hospital)
 
     def end(self, adapter: Adapter) -> tuple[Adapter, float] | None:
         """Open the sum.
@@ -117,10 +119,7 @@ class Session:
             if len(self.survivors) < self.threshold:
                 raise ValueError(f"{len(self.survivors)} masked updates arrived, {self.threshold} are needed")
             asked = {hospital: ConfigRecord({**self.orders(), **more}) for hospital, more in extra.items()}
-            opened = {
-                hospital: dict(zip(content[SENT]["hospitals"], content[SENT]["opened"], strict=True))
-                for hospital, content in self._ask("reveal", asked)
-            }
+            opened = dict(self._ask("reveal", asked))
             total = secure.unmask(
                 self.total, self.public, self.places, self.survivors, opened, self.number, self.threshold
             )
@@ -136,46 +135,31 @@ class Session:
         code = secure.fixed_point(everyone, self.cfg.federation.secure_aggregation.value_range)
         return [self.weights[hospital] for hospital in sorted(self.survivors)], code
 
-    def _ask(self, what: str, records: dict[int, ConfigRecord]) -> Iterator[tuple[int, RecordDict]]:
-        """(hospital, content) of the usable answers to ``query.what``, in order of hospital."""
+    def _ask(self, what: str, records: dict[int, ConfigRecord]) -> Iterator[tuple[int, Any]]:
+        """(hospital, what it says) of the usable answers to ``query.what``, in order of hospital."""
         requests = [
             Message(RecordDict({SENT: record}), self.nodes[hospital], f"query.{what}")
             for hospital, record in records.items()
         ]
         self.bytes_down += sum(message_bytes(request) for request in requests)
-        replies, sent = send(self.grid, requests, self.cfg.federation.timeout)
         names, answers = {node: hospital for hospital, node in self.nodes.items()}, {}
-        for reply in replies:
-            hospital = names.get(sender(reply, sent))
+        for node, reply in send(self.grid, requests, self.cfg.federation.timeout):
             self.bytes_up += message_bytes(reply)
-            why = reason(reply).splitlines()[-1] if reply.has_error() else self._odd(what, reply.content)
-            if hospital is None or why:
-                logger.warning("round %d: hospital %s is left out of the %s: %s", self.number, hospital, what, why)
+            answer, why = looked_at(reply, partial(self._read, what))
+            if node is None or why:
+                logger.warning(
+                    "round %d: hospital %s is left out of the %s: %s", self.number, names.get(node), what, why
+                )
             else:
-                answers[hospital] = reply.content
+                answers[names[node]] = answer
         return iter(sorted(answers.items()))
 
-    def _odd(self, what: str, content: RecordDict) -> str | None:
-        """What is wrong with an answer to ``query.what``; None where nothing is, as far as the server can see."""
-        try:
-            given = content[SENT]
-            if what == "keys":
-                keys, cards = secure.Public(**given), content["metrics"]["num-examples"]
-                right = all(isinstance(key, bytes) and len(key) == 32 for key in vars(keys).values())
-                right = right and int(cards) == cards >= 1
-            else:
-                names, parts = given["hospitals"], given["shares" if what == "shares" else "opened"]
-                size = secure.SHARE if what == "reveal" else secure.SEALED
-                right = sorted(names) == sorted(self.public) and len(names) == len(parts)
-                right = right and all(isinstance(part, bytes) and len(part) == size for part in parts)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            return f"its answer cannot be read: {type(error).__name__} {error}"
-        return None if right else "its answer is not what the protocol asks for"
-
-
-def as_reply(mean: Adapter, like: Message) -> Message:
-    """A mean as one client's reply, for strategies that take replies."""
-    reply = Message(RecordDict(), reply_to=like)
-    arrays = ArrayRecord({key: Array(value) for key, value in mean.items()})
-    reply.content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 1.0, "loss-before": 0.0})})
-    return reply
+    def _read(self, what: str, content: RecordDict) -> Any:
+        """An answer to ``query.what``: keys and cards, or bytes by hospital. ValueError where it is none."""
+        if what == "keys":
+            public = secure.Public(**read_parts(content, SENT, KEYS, 32))
+            secure.check_keys(public)
+            cards = read_numbers(content, {"num-examples": (1, self.cfg.federation.max_cards)}, ("num-examples",))
+            return public, int(cards["num-examples"])
+        name, size = ("shares", secure.SEALED) if what == "shares" else ("opened", secure.SHARE)
+        return read_shares(content, SENT, name, sorted(self.public), size)

@@ -92,7 +92,9 @@ def message_bytes(message: Message) -> int:
 
     The envelope (node numbers, times) adds about a hundred bytes that differ from message to message.
     """
-    return recorddict_to_proto(message.content).ByteSize() if message.has_content() else len(message.error.reason or "")
+    if message.has_content():
+        return recorddict_to_proto(message.content).ByteSize()
+    return len(message.error.reason or "") if message.has_error() else 0
 
 
 @contextlib.contextmanager

@@ -9,11 +9,15 @@ from flwr.serverapp import Grid
 from omegaconf import DictConfig
 
 from fedllm_helpers import config, packing
+from fedllm_helpers.screening import LIMITS, looked_at, read_numbers
 
 logger = logging.getLogger(__name__)
 
+AWAY = 60.0  # seconds without a node before another may take its place: Flower shows a dead one as online for so long
+Answers = dict[int, tuple[int, int] | None]  # (hospital, how many there are) by node; None for one that makes no sense
 
-def join(grid: Grid, cfg: DictConfig) -> tuple[DictConfig, dict[int, Message]]:
+
+def join(grid: Grid, cfg: DictConfig) -> tuple[DictConfig, Answers]:
     """Ask the nodes how many hospitals there are: whoever started them decided that.
 
     Returns:
@@ -24,12 +28,12 @@ def join(grid: Grid, cfg: DictConfig) -> tuple[DictConfig, dict[int, Message]]:
         TimeoutError: no node is connected.
         RuntimeError: no node can say which hospital it is, or they do not agree on how many there are.
     """
-    answers = dict(introductions(grid, cfg, _wait_for(grid, cfg, 1)))
-    known = [reply.content["metrics"] for reply in answers.values() if not reply.has_error()]
-    if not known:
-        said = reason(next(iter(answers.values()))) if answers else "no answer within federation.timeout"
-        raise RuntimeError(f"a node cannot say which hospital it is:\n{said}")
-    counts, wanted = sorted({int(numbers["num-partitions"]) for numbers in known}), cfg.federation.num_clients
+    moments, answers, failed = _moments(grid, cfg), {}, {}
+    while not any(answers.values()):
+        if next(moments, None) is None:
+            raise RuntimeError(f"no node can say which hospital it is; {_first(failed)}")
+        introductions(grid, cfg, [node for node in _wait_for(grid, cfg, 1) if node not in answers], answers, failed)
+    counts, wanted = sorted({answer[1] for answer in answers.values() if answer}), cfg.federation.num_clients
     if len(counts) > 1:
         raise RuntimeError(f"the nodes disagree on how many hospitals there are: num-partitions={counts}")
     if counts[0] != wanted:
@@ -39,79 +43,123 @@ def join(grid: Grid, cfg: DictConfig) -> tuple[DictConfig, dict[int, Message]]:
 
 
 def hospitals(
-    grid: Grid, cfg: DictConfig, known: dict[int, int], answers: dict[int, Message] | None = None
+    grid: Grid, cfg: DictConfig, seats: dict[int, tuple[int, float]], answers: Answers | None = None
 ) -> dict[int, int]:
     """Wait for the hospitals, and learn from each new node which one it is.
 
-    A hospital whose node was started anew may be there twice for a while: then its new node counts.
+    The first node that says it is a hospital is that hospital for the run. While it is there, and until it has been
+    away for a minute, no other takes its place. Flower ties the number of a node to its key, so that a hospital that is
+    started anew with the same registered key is the same node; without keys it is a new one, which waits that minute.
 
     Args:
         grid: of the run.
-        cfg: ``federation.num_clients`` are waited for the first time, ``federation.timeout`` seconds at most.
-        known: hospitals by node so far.
+        cfg: all ``federation.num_clients`` are waited for the first time, ``federation.timeout`` seconds at most; a
+            node whose answer is an error is asked again until then. Later one is enough.
+        seats: by hospital its node, and since when that is away (0: it is there); empty at first, and kept up to date.
         answers: of nodes that have introduced themselves already.
 
     Returns:
         The number of the hospital by node, for the nodes that are connected.
 
     Raises:
-        TimeoutError: too few are connected.
-        RuntimeError: no node could say which hospital it is, or at the start two say the same.
+        TimeoutError: too few are connected, or can say which hospital they are.
+        RuntimeError: at the start two say the same.
     """
-    nodes = _wait_for(grid, cfg, 1 if known else cfg.federation.num_clients)
-    found, reasons = {known[node]: node for node in nodes if node in known}, []
-    new, given = [node for node in nodes if node not in known], answers or {}
-    replies = {node: given[node] for node in new if node in given}
-    replies |= introductions(grid, cfg, [node for node in new if node not in replies])
-    for node, reply in replies.items():
-        why = reason(reply) if reply.has_error() else _misfit(cfg, reply)
-        if why:
-            reasons.append(why)
-            logger.warning("node %d does not take part: %s", node, why.splitlines()[-1])
-            continue
-        hospital = int(reply.content["metrics"]["partition-id"])
-        if hospital in found and not known:
-            raise RuntimeError(f"nodes {found[hospital]} and {node} are both hospital {hospital}")
-        found[hospital] = node
-    if len(replies) < len(new):
-        logger.warning("%d nodes do not say which hospital they are, and do not take part", len(new) - len(replies))
-    if not found:
-        raise RuntimeError("\n".join(["no node can say which hospital it is; the first:", *reasons[:1]]))
-    return {node: hospital for hospital, node in found.items()}
+    first, answers, failed, found = not seats, dict(answers or {}), {}, {}
+    wanted = cfg.federation.num_clients if first else 1
+    for _ in _moments(grid, cfg):
+        nodes = _wait_for(grid, cfg, wanted)
+        _note_who_is_away(seats, nodes)
+        new = [node for node in nodes if node not in {sitting for sitting, _ in seats.values()}]
+        introductions(grid, cfg, [node for node in new if node not in answers], answers, failed)
+        for node in new:
+            if answers.get(node) and not _seated(cfg, seats, node, answers[node], first):
+                answers[node] = None
+        found = {node: hospital for hospital, (node, away) in sorted(seats.items()) if not away}
+        refused = [node for node in new if answers.get(node, 0) is None]
+        if found and len(found) + len(refused) >= wanted:
+            return found
+    raise TimeoutError(f"{len(found)} of {wanted} hospitals say which they are; {_first(failed)}")
 
 
-def _misfit(cfg: DictConfig, reply: Message) -> str:
-    count, wanted = int(reply.content["metrics"]["num-partitions"]), cfg.federation.num_clients
-    return "" if count == wanted else f"it was started with num-partitions={count}, the others with {wanted}"
+def _note_who_is_away(seats: dict[int, tuple[int, float]], nodes: list[int]) -> None:
+    for hospital, (node, away) in seats.items():
+        seats[hospital] = (node, 0.0 if node in nodes else away or time.monotonic())
 
 
-def introductions(grid: Grid, cfg: DictConfig, nodes: list[int]) -> Iterator[tuple[int, Message]]:
-    """(node, answer) of the nodes that answer, as they come."""
+def _seated(
+    cfg: DictConfig, seats: dict[int, tuple[int, float]], node: int, answer: tuple[int, int], first: bool
+) -> bool:
+    """Give a node the place of the hospital that it says it is; or say in one line why it does not take part."""
+    (hospital, count), wanted = answer, cfg.federation.num_clients
+    before, away = seats.get(hospital, (node, 0.0))
+    if count != wanted:
+        why = f"it was started with num-partitions={count}, the others with {wanted}"
+    elif before != node and first:
+        raise RuntimeError(f"nodes {before} and {node} are both hospital {hospital}")
+    elif before != node and (not away or time.monotonic() - away < AWAY):
+        why = f"it says that it is hospital {hospital}, which is node {before}, there or away for less than a minute"
+    else:
+        if before != node:
+            said = "node %d takes the place of node %d as hospital %d: it has another key, or nodes have none"
+            logger.warning(said, node, before, hospital)
+        seats[hospital] = (node, 0.0)
+        return True
+    logger.warning("node %d does not take part: %s", node, why)
+    return False
+
+
+def introductions(
+    grid: Grid, cfg: DictConfig, nodes: list[int], answers: Answers, failed: dict[int | None, str]
+) -> None:
+    """Ask nodes who they are, and put it into ``answers``; where it is an error, only why, into ``failed``."""
+    limits = {name: LIMITS[name] for name in ("partition-id", "num-partitions")}
     requests = (Message(RecordDict(), dst_node_id=node, message_type="query") for node in nodes)
-    replies, sent = send(grid, requests, cfg.federation.timeout) if nodes else ((), {})
-    yield from ((sender(reply, sent), reply) for reply in replies)
+    for node, reply in send(grid, requests, cfg.federation.timeout) if nodes else ():
+        said, why = looked_at(reply, lambda content: read_numbers(content, limits, tuple(limits)))
+        if said and said["partition-id"] >= said["num-partitions"]:
+            said, why = None, f"it is hospital {said['partition-id']:.0f} of {said['num-partitions']:.0f}, from 0"
+        if why and failed.get(node) != why:  # once, however often it is asked
+            logger.warning("node %s does not take part: %s", node, why)
+            failed[node] = why
+        if node is not None and not reply.has_error():
+            answers[node] = (int(said["partition-id"]), int(said["num-partitions"])) if said else None
 
 
-def send(grid: Grid, messages: Iterable[Message], timeout: float) -> tuple[Iterable[Message], dict[str, int]]:
-    """Send messages and get the replies, and the node of each message by the number that Flower gave the message.
+def send(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[tuple[int | None, Message]]:
+    """Send messages; (node, reply) as they come, the node None where it is no reply to any of them, or a second one.
 
-    A grid that is ``lazy`` takes the messages one by one; Flower's own go through them more than once.
+    A reply belongs to the node that was asked, whatever it says: where that went offline, the server answers in its
+    place. A grid that is ``lazy`` takes the messages one by one; Flower's own go through them more than once.
     """
+    sent, waiting, lazy = [], {}, getattr(grid, "lazy", False)
+
+    def noted() -> Iterator[Message]:
+        """The messages; of each its metadata is kept, where Flower puts its number when it is sent."""
+        for message in messages:
+            sent.append(message.metadata)
+            yield message
+
+    replies = grid.send_and_receive(noted() if lazy else packing.packed(noted()), timeout=timeout)
+    for reply in replies if lazy else packing.unpacked(replies):
+        waiting |= {metadata.message_id: metadata.dst_node_id for metadata in sent}
+        sent.clear()
+        yield waiting.pop(reply.metadata.reply_to_message_id, None), reply
+
+
+def _first(failed: dict[int | None, str]) -> str:
+    return f"the first of the others: {next(iter(failed.values()))}" if failed else "the others do not answer"
+
+
+def _moments(grid: Grid, cfg: DictConfig) -> Iterator[float]:
+    """Whenever it makes sense to ask again: for ``federation.timeout``, or twice in one process, where all is there."""
     if getattr(grid, "lazy", False):
-        return grid.send_and_receive(messages, timeout=timeout), {}
-    messages = packing.packed(messages)
-    replies = packing.unpacked(grid.send_and_receive(messages, timeout=timeout))
-    return replies, {m.metadata.message_id: m.metadata.dst_node_id for m in messages if m.metadata.message_id}
-
-
-def sender(reply: Message, sent: dict[str, int]) -> int:
-    """The node whose reply this is; where that went offline, the server answers in its place."""
-    return sent.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
-
-
-def reason(reply: Message) -> str:
-    """Why a reply is an error, in words; the last line says most."""
-    return (reply.error.reason or "").strip() or f"an error without a reason (code {reply.error.code})"
+        yield from (0.0, 0.0)
+        return
+    start = time.monotonic()
+    while (waited := time.monotonic() - start) <= cfg.federation.timeout:
+        yield waited
+        time.sleep(1.0)
 
 
 def _wait_for(grid: Grid, cfg: DictConfig, wanted: int) -> list[int]:

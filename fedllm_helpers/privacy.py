@@ -6,13 +6,13 @@ The promises are in :mod:`fedllm_helpers.accounting`, DP-SGD within a hospital i
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
-from flwr.app import Message, MetricRecord, RecordDict
 from omegaconf import DictConfig
 
-from fedllm_helpers.messages import from_record, to_record
 from fedllm_helpers.models import Adapter
+from fedllm_helpers.screening import Reply
 from fedllm_helpers.training import round_config
 
 logger = logging.getLogger(__name__)
@@ -48,20 +48,17 @@ def noisy(mean: Adapter, sensitivity: float, noise_multiplier: float, generator:
     return {key: (value + generator.normal(0.0, scale, value.shape)).astype(value.dtype) for key, value in mean.items()}
 
 
-def bounded(cfg: DictConfig, reply: Message, adapter: Adapter) -> Message:
-    """A tidied reply whose update is clipped, and whose weight is 1 where hospitals count alike.
+def bounded(cfg: DictConfig, reply: Reply, adapter: Adapter) -> Reply:
+    """A reply whose update is clipped, and whose weight is 1 where hospitals count alike.
 
     Hospitals clip for themselves where the server cannot see: here it does not rely on them.
     """
     how = cfg.federation.privacy.client
     if how.noise_multiplier is None:
         return reply
-    trained, metrics = from_record(reply.content["arrays"]), dict(reply.content["metrics"])
-    update = clip({key: trained[key] - adapter[key] for key in adapter}, how.clipping_norm)
-    metrics["num-examples"] = 1.0 if how.weights == "uniform" else metrics["num-examples"]
-    arrays = to_record({key: adapter[key] + update[key] for key in adapter})
-    reply.content = RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)})
-    return reply
+    update = clip({key: reply.arrays[key] - adapter[key] for key in adapter}, how.clipping_norm)
+    numbers = reply.numbers | ({"num-examples": 1.0} if how.weights == "uniform" else {})
+    return replace(reply, arrays={key: adapter[key] + update[key] for key in adapter}, numbers=numbers)
 
 
 def finish(cfg: DictConfig, number: int) -> Callable[[Adapter, float], Adapter] | None:

@@ -139,6 +139,9 @@ class Federation:
         0.0, "share of them asked to score the average on their own cards", low=0, high=1
     )
     min_replies: int = _setting(1, "usable replies without which a round leaves the adapter as it was", low=1)
+    max_cards: int = _setting(
+        1_000_000, "most cards that a hospital may claim as its weight; a reply with more is left out", low=1
+    )
     timeout: float = _setting(3600.0, "seconds to wait for the hospitals of a round", low=1)
     partition: str = _setting("specialty", "how cards lie over the hospitals", choices=PARTITIONS)
     dirichlet_alpha: float = _setting(0.5, "α of partition dirichlet: small is uneven", low=1e-3)

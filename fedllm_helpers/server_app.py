@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 from omegaconf import DictConfig
@@ -31,9 +31,9 @@ from fedllm_helpers import (
 from fedllm_helpers.edits import Base
 from fedllm_helpers.evaluation import score_answers
 from fedllm_helpers.messages import base_model, cpu_threads, first_adapter, quiet_flower, settings, to_record
-from fedllm_helpers.nodes import hospitals, join
+from fedllm_helpers.nodes import Answers, hospitals, join
 from fedllm_helpers.provenance import provenance
-from fedllm_helpers.rounds import run_round
+from fedllm_helpers.rounds import Federation, run_round
 from fedllm_helpers.tables import Tables, bar, report
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def federate(
     folder: Path | None = None,
     progress: str = "",
     base: Base | None = None,
-    answers: dict[int, Message] | None = None,
+    answers: Answers | None = None,
 ) -> tuple[models.Adapter, Tables]:
     """All rounds of a federation, from the first or from where an earlier process was ended.
 
@@ -159,16 +159,17 @@ def federate(
     """
     strategy, plan, base = aggregation.make_strategy(cfg), training.rounds(cfg), Base() if base is None else base
     rule_checks.check_shapes(cfg, adapter)
-    before, tables, done, names = checkpoints.latest(folder, cfg) if folder else None, Tables(), 0, {}
+    before, tables, done, seats = checkpoints.latest(folder, cfg) if folder else None, Tables(), 0, {}
     if before:
         adapter, tables, done = _restore(before, cfg, strategy, grid, base)
         print(f"going on after round {done} of {len(plan)} from {folder}\n" if progress else "", end="", flush=True)
     elif evaluate:
         tables.history.append({"round": 0, "nll": evaluate(adapter)})
     with bar(plan[done:], progress == "bar") as shown:
+        run = Federation(grid, cfg, strategy, tables, base, shown)
         for step in plan[done:]:
-            names, answers, start = hospitals(grid, cfg, names, answers), None, time.perf_counter()
-            adapter, row = run_round(grid, cfg, strategy, step, adapter, names, tables, shown, base)
+            names, answers, start = hospitals(grid, cfg, seats, answers), None, time.perf_counter()
+            adapter, row = run_round(run, step, adapter, names)
             if evaluate and (step.number == len(plan) or step.number % cfg.federation.evaluate_every == 0):
                 row["nll"] = evaluate(adapter)
             tables.history.append({**row, "seconds": time.perf_counter() - start})

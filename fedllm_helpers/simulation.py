@@ -200,12 +200,13 @@ class InProcessGrid(Grid):
         names = {"partition-id": node - FIRST_CLIENT_NODE, "num-partitions": self.num_clients}
         context = Context(self._run.run_id, node, names, self.states.get(node, RecordDict()), self.run_config)
         try:
-            reply = self.app(request, context)
+            reply = _over_the_wire(self.app(request, context))
             if context.state:
                 self.states[node] = context.state
         except Exception:  # as on any other grid: a client's failure is a reply, not the end of the run
-            reply = Message(Error(CLIENT_RAISED, traceback.format_exc()), reply_to=request)
-        return _over_the_wire(reply)
+            said = traceback.format_exc().encode(errors="replace").decode()  # a lone surrogate has no bytes
+            return _over_the_wire(Message(Error(CLIENT_RAISED, said), reply_to=request))
+        return reply
 
 
 def _over_the_wire(message: Message) -> Message:

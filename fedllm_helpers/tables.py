@@ -44,6 +44,29 @@ class Tables:
         return pd.DataFrame(self.clients, columns=CLIENTS)
 
 
+def summary(step: Round, rows: list[tuple], more_down: int = 0, more_up: int = 0) -> dict[str, Any]:
+    """The row of a round from those of its hospitals; losses are NaN where no reply was used. ``more`` are bytes."""
+    frame = pd.DataFrame(rows, columns=CLIENTS)
+    used = frame[frame["status"] == "used"]
+    weights = used["cards"] / used["cards"].sum()
+    losses = {
+        name: float((weights * used[name]).sum(skipna=False)) if len(used) else float("nan")
+        for name in ("loss_before", "loss_after")
+    }
+    return {
+        "round": step.number,
+        "learning_rate": step.learning_rate,
+        "asked": len(frame),
+        "used": len(used),
+        "examples": int(used["examples"].sum()),
+        "tokens": int(used["tokens"].sum()),  # 0 where privacy is promised: hospitals do not tell
+        **losses,
+        "bytes_down": int(frame["bytes_down"].sum()) + more_down,
+        "bytes_up": int(frame["bytes_up"].sum()) + more_up,
+        "client_seconds": float(frame["seconds"].sum()),
+    }
+
+
 def bar(plan: list[Round], shown: bool) -> tqdm:
     """A progress bar over rounds × clients, on stdout."""
     total = sum(step.clients for step in plan)

@@ -325,21 +325,32 @@ def test_a_round_that_failed_leaves_compressed_flora_at_the_right_start(caplog):
     assert apart(learned(small, adapter, other), learned(cfg, plain, base)) < 2e-3
 
 
-@pytest.mark.parametrize("rule", ["FLoRA", "FedEx-LoRA"])
-def test_an_edit_that_would_overflow_ends_the_run_and_is_not_kept(rule, tmp_path):
+@pytest.mark.parametrize("rule", rules.BY_PRODUCT)
+@pytest.mark.parametrize("value", [1e19, 3e37])
+def test_a_hospital_whose_product_would_overflow_is_left_out(rule, value):
+    """The others' rounds come to what they would without it, edits of the base model included."""
     honest = client()
 
     def app(message, context):
         reply = honest(message, context)
         if message.metadata.message_type == "train" and context.node_config["partition-id"] == 1:
             arrays = {key: array.numpy() for key, array in reply.content["arrays"].items()}
-            huge = {key: np.full_like(value, 3e37) if factors.B in key else value for key, value in arrays.items()}
-            reply.content["arrays"] = to_record(huge)
+            reply.content["arrays"] = to_record({key: np.full_like(one, value) for key, one in arrays.items()})
         return reply
 
+    adapter, tables, base = federate(plan(rule), app)
+    without, _, other = federate(plan(rule), client({(number, 1) for number in (1, 2, 3)}))
+    assert tables.history_frame()["used"].tolist() == [2, 2, 2]
+    assert all(np.array_equal(adapter[key], without[key]) for key in without)
+    assert all(np.array_equal(base.whole()[key], other.whole()[key]) for key in other.whole())
+
+
+def test_an_edit_that_would_overflow_is_not_kept():
+    huge = {key: np.full_like(value, 3e37) for key, value in first().items()}
+    base = edits.Base()
     with pytest.raises(RuntimeError, match="round 1: finite adapters make an edit .* that is not finite"):
-        federate(plan(rule), app, folder=tmp_path)
-    assert not list(tmp_path.glob("round-*"))
+        base.add(1, huge)
+    assert not base.edits
 
 
 def test_who_has_the_edits_is_told_by_who_answers_not_by_what_is_answered():
