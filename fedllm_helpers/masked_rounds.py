@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from omegaconf import DictConfig
@@ -158,7 +159,8 @@ class Session:
         """An answer to ``query.what``: keys and cards, or bytes by hospital. ValueError where it is none."""
         if what == "keys":
             public = secure.Public(**read_parts(content, SENT, KEYS, 32))
-            secure.check_keys(public)
+            for key in (public.mask_key, public.cipher_key):  # raises for one on which nobody can agree, such as zeros
+                X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(key))
             cards = read_numbers(content, {"num-examples": (1, self.cfg.federation.max_cards)}, ("num-examples",))
             return public, int(cards["num-examples"])
         name, size = ("shares", secure.SEALED) if what == "shares" else ("opened", secure.SHARE)

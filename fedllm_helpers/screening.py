@@ -78,7 +78,7 @@ def looked_at(message: Message, read: Callable[[RecordDict], Any]) -> tuple[Any,
     """What ``read`` makes of a message's content; or None, and why it can make nothing of it, in one line."""
     try:
         if message.has_error():
-            return None, f"it failed: {complaint(message)}"
+            return None, printable(f"it failed: {complaint(message)}")
         with np.errstate(over="ignore", invalid="ignore"):
             return read(message.content), ""
     except ValueError as error:
@@ -192,6 +192,8 @@ def _adapter(content: RecordDict, expected: Expected) -> Arrays:
 def _read(key: str, array: Array, dtype: np.dtype, shape: tuple[int | None, ...]) -> np.ndarray:
     """The array of Flower's bytes, which are a .npy file: its header is read first, and believed in nothing."""
     stream, form = io.BytesIO(array.data), np.lib.format
+    if array.stype != "numpy.ndarray":
+        raise ValueError(f"{key!r} cannot be read: it is serialised as {printable(array.stype, 20)!r}, not by numpy")
     try:
         readers = {(1, 0): form.read_array_header_1_0, (2, 0): form.read_array_header_2_0}
         there, fortran, kind = readers[form.read_magic(stream)](stream)

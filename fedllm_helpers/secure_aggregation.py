@@ -110,12 +110,6 @@ def make_keys() -> tuple[Secrets, Public]:
     return own, Public(_mask_key(own.mask_seed).public_key().public_bytes_raw(), cipher, _hash(own.self_seed))
 
 
-def check_keys(public: Public) -> None:
-    """Raise ValueError for a key that agrees with everyone on nothing, such as 32 zeros: who meets it cannot go on."""
-    for key in (public.mask_key, public.cipher_key):
-        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(key))
-
-
 def make_shares(me: int, own: Secrets, public: Mapping[int, Public], threshold: int, number: int) -> dict[int, bytes]:
     """An encrypted share of both seeds for every hospital, oneself included.
 
