@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from fedllm_helpers import folders
 from fedllm_helpers.models import Adapter
 
 logger = logging.getLogger(__name__)
 FREE = ("federation.timeout",)  # may differ when a run goes on: changes no bit
+ROUND = re.compile(r"round-(\d{6})\.safetensors")
+RESULTS = ("adapter", "history.csv", "clients.csv", "provenance.json")  # what a finished run leaves beside its rounds
 KEPT = 2  # the newest rounds: were one damaged, the one before it is there
 
 
@@ -37,6 +41,19 @@ class Checkpoint:
     clients: list[tuple]
     states: dict[str, np.ndarray] = field(default_factory=dict)
     edits: dict[int, Adapter] = field(default_factory=dict)
+
+
+def check_folder(folder: Path) -> None:
+    """See that a folder is free for a run, or has one: what else lies in it is left alone.
+
+    Raises:
+        ValueError: a file has that name, or files of a run's names lie there and no round.
+    """
+    names = [one.name for one in folders.place(folder).iterdir()] if folder.is_dir() else []
+    taken = sorted(set(RESULTS) & set(names))
+    if taken and not _rounds(folder):
+        raise ValueError(f"{folder} has {', '.join(taken)} of something else, and no round: name another folder")
+    folders.for_adapter(folder / RESULTS[0]), folders.place(folder / "adapters")
 
 
 def save(folder: Path, cfg: DictConfig, checkpoint: Checkpoint) -> Path:
@@ -72,8 +89,8 @@ def save(folder: Path, cfg: DictConfig, checkpoint: Checkpoint) -> Path:
             os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-    for old in folder.glob("round-*.safetensors"):
-        if old <= _path(folder, checkpoint.number - KEPT):
+    for number, old in _rounds(folder):
+        if number <= checkpoint.number - KEPT:
             old.unlink()
     return path
 
@@ -98,7 +115,7 @@ def latest(folder: Path, cfg: DictConfig) -> Checkpoint | None:
     Raises:
         ValueError: the folder is of another configuration; the line names the keys that differ.
     """
-    for path in sorted(folder.glob("round-*.safetensors"), reverse=True):
+    for _, path in _rounds(folder):
         try:
             with safe_open(path, framework="numpy") as file:
                 record = json.loads(file.metadata()["record"])
@@ -121,6 +138,12 @@ def latest(folder: Path, cfg: DictConfig) -> Checkpoint | None:
         edits = {number: {key: edit[key] for key in record["keys"]} for number, edit in sorted(edits.items())}
         return Checkpoint(record["number"], adapter, strategy, record["strategy"], history, clients, states, edits)
     return None
+
+
+def _rounds(folder: Path) -> list[tuple[int, Path]]:
+    """(number, file) of the rounds in a folder, the newest first."""
+    names = [one for path in folder.iterdir() if (one := ROUND.fullmatch(path.name))] if folder.is_dir() else []
+    return sorted(((int(one[1]), folder / one[0]) for one in names), reverse=True)
 
 
 def _path(folder: Path, number: int) -> Path:

@@ -1,6 +1,7 @@
 """Runs of a deployed federation: hand in the two apps with their settings, follow them, and collect what they made."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -10,12 +11,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from fedllm_helpers import __version__, checkpoints
+from fedllm_helpers import __version__, checkpoints, folders
 from fedllm_helpers.edits import Base
 from fedllm_helpers.parties import COLOURS, CONNECTION, SERVER, Deployment, environment_of, flower
 from fedllm_helpers.simulation import FederatedRecord
 from fedllm_helpers.tables import Tables
 
+PLAIN = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?")
+TAKEN = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(10))}  # on Windows
 FLOWERS_OWN = re.compile(
     r"$|\s|INFO|ERROR|Successfully|Using|rounds are kept|Traceback|[\w.]+(Error|Exception)\b"
 )  # lines
@@ -47,11 +50,12 @@ def run(
     Args:
         running: from :func:`fedllm_helpers.deployment.start`.
         cfg: of the federation; on CPUs, with the same ``federation.threads``, the adapter is the same to the last bit.
-        name: of the run; one that was cut off goes on after its last finished round under its own name.
+        name: of the run, and of its folders; one that was cut off goes on after its last finished round under its own
+            name.
         show: takes the server's lines as they come, one for each round.
 
     Raises:
-        ValueError: ``federation.num_clients`` are not the hospitals of the deployment.
+        ValueError: ``federation.num_clients`` are not the hospitals of the deployment, or the name is not a plain one.
         RuntimeError: the run failed, with the server's reason; or the server is gone.
     """
     follow(running, submit(running, cfg, name), show)
@@ -71,26 +75,41 @@ def submit(running: Deployment, cfg: DictConfig, name: str = "run", *, app: Path
         raise ValueError(
             f"federation.num_clients={cfg.federation.num_clients}: this deployment has {running.hospitals} hospitals"
         )
+    run_folder(running, name)  # a bad name is said whoever made the app
     app = app or bundle(running, cfg, name)
     return int(flower(running, "run", str(app), CONNECTION)["run-id"])
 
 
 def run_folder(running: Deployment, name: str) -> Path:
-    """Where the server keeps the rounds, adapters and tables of a run."""
+    """Where the server keeps the rounds, adapters and tables of a run.
+
+    Raises:
+        ValueError: the name is none for a folder on every system, or leads elsewhere.
+    """
+    if not isinstance(name, str) or not PLAIN.fullmatch(name) or name.split(".")[0].upper() in TAKEN:
+        raise ValueError(
+            f"{str(name)[:40]!r} is no name for a run: up to 64 of A-Z a-z 0-9 . _ -, starting with a letter or digit"
+        )
     return running.folder / SERVER / "runs" / name
 
 
 def bundle(running: Deployment, cfg: DictConfig, name: str) -> Path:
-    """Write the app of a run, a folder that ``flwr run`` takes: the package's files and a project with the settings."""
-    app = running.folder / SERVER / "apps" / name
-    shutil.rmtree(app, ignore_errors=True)
-    package = Path(__file__).parent
-    shutil.copytree(package, app / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    """Write the app of a run, a folder that ``flwr run`` takes: the package's files and a project with the settings.
+
+    Raises:
+        ValueError: as :func:`run_folder`, or there is a folder of that name which this has not made.
+    """
     given = {"config": OmegaConf.to_yaml(cfg), "folder": str(run_folder(running, name)), "progress": "lines"}
     lines = [f"{key} = {json.dumps(value)}" for key, value in given.items()]  # JSON's strings are TOML's, too
-    (app / "pyproject.toml").write_text(
-        PROJECT.replace("VERSION", __version__) + "\n".join(lines) + "\n", encoding="utf-8"
-    )
+    app, package = running.folder / SERVER / "apps" / name, Path(__file__).parent
+    project = app / "pyproject.toml"
+    if os.path.lexists(app):
+        begun = project.read_text(encoding="utf-8", errors="replace") if project.is_file() else ""
+        if app.is_symlink() or not begun.startswith(PROJECT.splitlines()[0]):
+            raise ValueError(f"{app} was not made by bundle: move it away, or name the run otherwise")
+        shutil.rmtree(app)
+    folders.write(project, PROJECT.replace("VERSION", __version__) + "\n".join(lines) + "\n")
+    shutil.copytree(package, app / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     return app
 
 

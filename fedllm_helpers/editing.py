@@ -1,8 +1,6 @@
 """The base model with something added to its weights, for a while; and an adapter of which some factors stay."""
 
 import contextlib
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from copy import copy
 from pathlib import Path
@@ -14,7 +12,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.numpy import save_file
 
-from fedllm_helpers import factors
+from fedllm_helpers import factors, folders
 from fedllm_helpers.models import Adapter
 
 
@@ -83,21 +81,15 @@ def save_update(model: PeftModel, update: Adapter, folder: str | Path) -> Path:
     Args:
         model: of which the update is; its own adapter is left alone.
         update: factors in PEFT's key names.
-        folder: to write; one that is there is replaced.
+        folder: as for :func:`fedllm_helpers.models.save_adapter`, which says what is refused.
     """
-    folder, size = Path(folder), factors.rank(update)
+    folder, size = folders.for_adapter(folder), factors.rank(update)
     settings: Mapping = {"r": size, "lora_alpha": size, "use_rslora": False, "inference_mode": True}
     config = copy(model.peft_config["default"])
     for key, value in settings.items():
         setattr(config, key, value)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        new = Path(scratch) / "new"
-        new.mkdir()
-        config.save_pretrained(str(new))
-        whole = {key: np.ascontiguousarray(value) for key, value in update.items()}
-        save_file(whole, new / "adapter_model.safetensors", metadata={"format": "pt"})
-        if folder.exists():
-            folder.rename(f"{scratch}/old")
-        shutil.move(new, folder)
+    whole = {key: np.ascontiguousarray(value) for key, value in update.items()}
+    with folders.said("the update", folder), folders.replaced(folder, *folders.ADAPTER) as scratch:
+        config.save_pretrained(str(scratch))
+        save_file(whole, scratch / folders.ADAPTER[-1], metadata={"format": "pt"})
     return folder

@@ -1,8 +1,6 @@
 """The base model and its LoRA adapter: loading, counting, and the adapter in and out as arrays."""
 
 import contextlib
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from fedllm_helpers import embedded, placement
+from fedllm_helpers import embedded, folders, placement
 
 Adapter = dict[str, np.ndarray]
 
@@ -154,15 +152,15 @@ def save_adapter(model: PeftModel, folder: str | Path) -> Path:
     """Write the adapter as a folder that ``PeftModel.from_pretrained`` opens; whole or not at all.
 
     Returns:
-        The folder, with ``adapter_model.safetensors`` and ``adapter_config.json``.
+        The folder, with ``adapter_model.safetensors`` and ``adapter_config.json``; other files in it are left alone.
+
+    Raises:
+        ValueError: a file has that name, or it is a folder of something else and has no adapter.
+        OSError: it cannot be written; an adapter that was there still is.
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        model.save_pretrained(f"{scratch}/new", save_embedding_layers=False)
-        if folder.exists():
-            folder.rename(f"{scratch}/old")
-        shutil.move(f"{scratch}/new", folder)
+    folder = folders.for_adapter(folder)
+    with folders.said("the adapter", folder), folders.replaced(folder, *folders.ADAPTER) as scratch:
+        model.save_pretrained(str(scratch), save_embedding_layers=False)
     return folder
 
 

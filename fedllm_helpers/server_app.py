@@ -21,6 +21,7 @@ from fedllm_helpers import (
     compression,
     data,
     editing,
+    folders,
     memory,
     models,
     privacy,
@@ -63,9 +64,9 @@ def main(grid: Grid, context: Context) -> None:
         if folder:
             with checkpoints.kept_or_said(folder, "the last adapter with its tables"):
                 keep(adapter, "adapter")
-                tables.history_frame().to_csv(folder / "history.csv", index=False)
-                tables.clients_frame().to_csv(folder / "clients.csv", index=False)
-                (folder / "provenance.json").write_text(json.dumps(provenance(cfg), indent=1), encoding="utf-8")
+                folders.write(folder / "history.csv", tables.history_frame().to_csv(index=False))
+                folders.write(folder / "clients.csv", tables.clients_frame().to_csv(index=False))
+                folders.write(folder / "provenance.json", json.dumps(provenance(cfg), indent=1))
 
 
 @contextlib.contextmanager
@@ -74,6 +75,7 @@ def _alone_in(folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
+    checkpoints.check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
@@ -81,6 +83,8 @@ def _alone_in(folder: Path | None) -> Iterator[None]:
     except Timeout:
         raise RuntimeError(f"another run is at work in {folder}: end it, or name another folder") from None
     try:
+        for part in (folder, folder / "adapter", *folder.glob("adapters"), *folder.glob("adapters/round-*")):
+            folders.clear(part, alone=True)
         yield
     finally:
         lock.release()

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import shutil
 import sys
 import tempfile
 import time
@@ -29,7 +28,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fedllm_helpers import memory, models
+from fedllm_helpers import folders, memory, models
 from fedllm_helpers.batches import LengthBatches, collate, encode, takes_logits_to_keep
 
 HISTORY = ["step", "loss", "learning_rate"]
@@ -215,10 +214,12 @@ class AdapterTrainer(Trainer):
         return LengthBatches(lengths, self.args.train_batch_size, self.args.seed)
 
     def _save_checkpoint(self, model: PeftModel, trial: Any) -> None:
+        if not self.kept:
+            self.args.output_dir = str(folders.unused(self.args.output_dir, PREFIX_CHECKPOINT_DIR))
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self.kept.append(models.save_adapter(self.model, folder))
         while len(self.kept) > (self.args.save_total_limit or len(self.kept)):  # of this training; others' stay
-            shutil.rmtree(self.kept.pop(0))
+            folders.remove(self.kept.pop(0), *folders.ADAPTER)
 
 
 class _ProgressBar(TrainerCallback):

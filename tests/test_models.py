@@ -162,7 +162,7 @@ def test_adapter_goes_out_and_in_and_opens_with_plain_peft(fresh, tmp_path):
     models.set_adapter(model, adapter)
     for _ in range(2):  # twice: the second replaces the first
         folder = models.save_adapter(model, tmp_path / "adapter")
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
     base = AutoModelForCausalLM.from_pretrained(embedded.fetch(), dtype=torch.float32)
     again = models.get_adapter(PeftModel.from_pretrained(base, folder))

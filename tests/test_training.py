@@ -120,7 +120,7 @@ def test_training_arguments_mean_what_they_say(fresh, cards, cfg, tmp_path, caps
     assert record.examples == 24
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-6"]
     files = {path.name for path in (tmp_path / "checkpoint-6").iterdir()}
-    assert files == {"adapter_model.safetensors", "adapter_config.json", "README.md"}, "nothing pickled"
+    assert files == {"adapter_model.safetensors", "adapter_config.json"}, "nothing pickled"
     base = AutoModelForCausalLM.from_pretrained(embedded.fetch(), dtype=torch.float32)
     kept = models.get_adapter(PeftModel.from_pretrained(base, tmp_path / "checkpoint-6"))
     assert all(np.array_equal(array, kept[key]) for key, array in models.get_adapter(model).items())
