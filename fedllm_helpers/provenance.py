@@ -1,18 +1,27 @@
 """Where a result comes from: settings, seeds, versions and machine, to be kept beside it."""
 
+import contextlib
 import datetime
+import hashlib
+import json
 import os
 import platform
+import re
 import sys
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from omegaconf import DictConfig, OmegaConf
 
-from fedllm_helpers import embedded, models
+from fedllm_helpers import data, embedded, models
 
+MODEL_FILES = re.compile(r".+\.(json|safetensors|bin|model|jinja)|vocab\.txt|merges\.txt")
+PIECE = 1 << 16  # bytes
 PACKAGES = ("fedllm-helpers", "flwr", "torch", "transformers", "peft", "datasets", "bitsandbytes", "pyhpo", "numpy")
 
 
@@ -41,6 +50,43 @@ def provenance(cfg: DictConfig, **more: Any) -> dict[str, Any]:
         "versions": {name: _version(name) for name in PACKAGES},
         "config": OmegaConf.to_container(cfg),
     }
+
+
+def fingerprint(cfg: DictConfig, cards: bool = True) -> dict[str, str]:
+    """What tells cards and base model from others: a checksum of each, "" where there is none to be had.
+
+    Of a model's folder, or what the hub's client keeps of it, the settings and tokenizer count, and of each file of
+    weights its size and 64 pieces: other weights differ nearly everywhere.
+
+    Args:
+        cfg: whose cards and model; a model is not fetched for it.
+        cards: whether to read the cards for it.
+    """
+    found = hashlib.sha256()
+    for part in data.load(cfg) if cards else ():
+        found.update(json.dumps(part.to_list()).encode())
+    own = embedded.cache_folder() / embedded.NAME
+    folder = own if cfg.model.name == embedded.NAME else Path(cfg.model.name).expanduser()
+    if not folder.is_dir():
+        kept = None
+        with contextlib.suppress(ValueError):  # a name that is none on the hub
+            kept = try_to_load_from_cache(cfg.model.name, "config.json")
+        folder = Path(kept).parent if isinstance(kept, str) else None
+    files = sorted(path for path in folder.iterdir() if MODEL_FILES.fullmatch(path.name)) if folder else []
+    facts = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    return {"cards": found.hexdigest() if cards else "", "model": _sampled(facts) if files else ""}
+
+
+@lru_cache(maxsize=8)
+def _sampled(files: tuple[tuple[str, int, int], ...]) -> str:
+    found = hashlib.sha256()
+    for name, size, _ in files:
+        found.update(f"{Path(name).name} {size}\n".encode())
+        with open(name, "rb") as file:
+            for place in range(0, size, max(PIECE, size // 64)):
+                file.seek(place)
+                found.update(file.read(PIECE))
+    return found.hexdigest()
 
 
 def show() -> None:

@@ -1,19 +1,16 @@
 """Flower ServerApp: asks hospitals, screens and combines their adapters, and keeps every finished round."""
 
-import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 from omegaconf import DictConfig
-from platformdirs import user_data_path
 
 from fedllm_helpers import (
     aggregation,
@@ -27,13 +24,14 @@ from fedllm_helpers import (
     privacy,
     rule_checks,
     rules,
+    run_folders,
     training,
 )
 from fedllm_helpers.edits import Base
 from fedllm_helpers.evaluation import score_answers
 from fedllm_helpers.messages import base_model, cpu_threads, first_adapter, quiet_flower, settings, to_record
 from fedllm_helpers.nodes import Answers, hospitals, join
-from fedllm_helpers.provenance import provenance
+from fedllm_helpers.provenance import fingerprint, provenance
 from fedllm_helpers.rounds import Federation, run_round
 from fedllm_helpers.tables import Tables, bar, report
 
@@ -48,16 +46,20 @@ def main(grid: Grid, context: Context) -> None:
     ``folder`` of the run config: where rounds, adapters and tables are kept; ``"auto"`` is a folder of its own under
     the user's data, ``""`` keeps nothing. A folder with rounds of the same settings is gone on with.
     """
-    cfg, folder, progress = settings(context), _folder(context), str(context.run_config.get("progress", ""))
+    given, cfg, folder = context.run_config, settings(context), run_folders.of_context(context)
+    progress = str(given.get("progress", ""))
     if folder and progress == "lines":
         print(f"rounds are kept in {folder}: a run with this folder in its settings goes on from there", flush=True)
-    with quiet_flower(), _alone_in(folder):
+    with quiet_flower(), run_folders.alone_in(folder):
         cfg, answers = join(grid, cfg)
-        base = Base()
+        base, start = Base(), first_adapter(cfg)
+        seen = fingerprint(cfg, cards="cards" not in given and bool(cfg.federation.evaluate_every))
+        origin = provenance(cfg, fingerprint={**seen, "cards": str(given.get("cards", seen["cards"]))})
         keep = partial(_keep, cfg, base, folder) if folder else None
-        how = {"evaluate": _evaluation(cfg, base), "keep": keep, "folder": folder, "progress": progress, "base": base}
-        how["answers"] = answers
-        adapter, tables = federate(grid, cfg, first_adapter(cfg), **how)
+        how = {"evaluate": _evaluation(cfg, base), "keep": keep, "folder": folder, "progress": progress}
+        if folder:
+            run_folders.check_origin(folder, origin)
+        adapter, tables = federate(grid, cfg, start, **how, base=base, answers=answers)
         rows = {"history": json.dumps(tables.history), "clients": json.dumps(tables.clients)}
         context.state["adapter"], context.state["tables"] = to_record(adapter), ConfigRecord(rows)
         context.state["edit"] = to_record(base.whole())
@@ -66,28 +68,7 @@ def main(grid: Grid, context: Context) -> None:
                 keep(adapter, "adapter")
                 folders.write(folder / "history.csv", tables.history_frame().to_csv(index=False))
                 folders.write(folder / "clients.csv", tables.clients_frame().to_csv(index=False))
-                folders.write(folder / "provenance.json", json.dumps(provenance(cfg), indent=1))
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path | None) -> Iterator[None]:
-    """Hold the folder: two runs in one would write over each other's rounds."""
-    if folder is None:
-        yield
-        return
-    checkpoints.check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RuntimeError(f"another run is at work in {folder}: end it, or name another folder") from None
-    try:
-        for part in (folder, folder / "adapter", *folder.glob("adapters"), *folder.glob("adapters/round-*")):
-            folders.clear(part, alone=True)
-        yield
-    finally:
-        lock.release()
+                folders.write(folder / run_folders.ORIGIN, json.dumps(origin, indent=1))
 
 
 def _evaluation(cfg: DictConfig, base: Base) -> Callable[[models.Adapter], float] | None:
@@ -108,7 +89,7 @@ def _evaluation(cfg: DictConfig, base: Base) -> Callable[[models.Adapter], float
         """Score an adapter."""
         model, tokenizer = base_model(cfg)
         models.set_adapter(model, adapter)
-        with cpu_threads(cfg), editing.edited(model, base.whole()):
+        with cpu_threads(cfg), editing.edited(model, base.summed()):
             scores = score_answers(model, tokenizer, shown, prompt=cfg.dataset.prompt, seq_length=cfg.train.seq_length)
         return float(scores.nll.sum() / scores.tokens.sum())
 
@@ -218,10 +199,3 @@ def _save(
         checkpoints.save(
             folder, cfg, checkpoints.Checkpoint(step.number, adapter, arrays, kinds, *rows, states, base.edits)
         )
-
-
-def _folder(context: Context) -> Path | None:
-    given = str(context.run_config.get("folder", ""))
-    if given == "auto":
-        return user_data_path("fedllm_helpers", appauthor=False) / "runs" / str(context.run_id)
-    return Path(given).expanduser().resolve() if given else None

@@ -22,20 +22,10 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from omegaconf import DictConfig, OmegaConf
 
-from fedllm_helpers import (
-    aggregation,
-    checkpoints,
-    client_app,
-    edits,
-    folders,
-    masked_clients,
-    rules,
-    server_app,
-    training,
-)
+from fedllm_helpers import aggregation, client_app, edits, masked_clients, rules, run_folders, server_app, training
 from fedllm_helpers.messages import from_record, quiet_flower
 from fedllm_helpers.models import Adapter, device_and_dtype
-from fedllm_helpers.provenance import provenance
+from fedllm_helpers.provenance import fingerprint, provenance
 from fedllm_helpers.tables import Tables
 
 BACKENDS = ("in-process", "ray")
@@ -75,9 +65,8 @@ def run(
         backend: ``"in-process"``: clients one after the other, one copy of the model. ``"ray"``: in several processes
             (extra ``sim``), each with its copy of the model. On CPUs, with the same ``federation.threads``, the
             adapters are the same to the last bit.
-        folder: where every finished round is kept; a folder with rounds of the same settings is gone on with. None
-            keeps nothing. Other files in it are left alone. What hospitals remember (error feedback) is kept in
-            process; on Ray it ends with the run.
+        folder: where every finished round is kept; one with rounds of the same settings is gone on with, and files of
+            others stay. None keeps nothing. What hospitals remember is kept in process; on Ray it ends with the run.
         progress: whether to show a bar over rounds and clients.
         actors: processes of Ray that train at the same time; ``federation.threads`` times ``actors`` should be the
             cores, or they stand in each other's way.
@@ -97,12 +86,10 @@ def run(
         raise ValueError("client: only in process; on Ray the package's own runs")
     aggregation.make_strategy(cfg), training.rounds(cfg)
     client_app.own_cards(cfg, 0)  # more hospitals than cards, or no such specialty: said before anything starts
-    where = "" if folder is None else str(folders.place(folder).resolve())
-    if where:
-        checkpoints.check_folder(Path(where))
     given = {
         "config": OmegaConf.to_yaml(cfg),
-        "folder": where,
+        "folder": run_folders.named(folder),
+        "cards": fingerprint(cfg)["cards"],
         "progress": "bar" if progress else "",
     }
     with quiet_flower():

@@ -6,8 +6,10 @@ import logging
 import numpy as np
 import pytest
 import tiny
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
-from fedllm_helpers import checkpoints, config
+from fedllm_helpers import checkpoints, config, folders
 
 CLOCKS = ["client_seconds", "seconds"]
 
@@ -53,37 +55,115 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     assert all(np.array_equal(adapter[key], again[key]) for key in adapter)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "no record"])
+def header(path):
+    """(its first 8 bytes and JSON as a dictionary, where the arrays begin)."""
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + size]), 8 + size
+
+
+def flipped(path, place, bit=1):
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= bit
+    path.write_bytes(raw)
+
+
+def in_header(path, old, new):
+    """Change text of the header, of the same length."""
+    raw = path.read_bytes()
+    assert raw.count(old) >= 1 and len(old) == len(new)
+    path.write_bytes(raw.replace(old, new, 1))
+
+
+def without(path, key):
+    with safe_open(path, framework="numpy") as file:
+        kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        save_file({name: value for name, value in kept.items() if name != key}, path, metadata=file.metadata())
+
+
+DAMAGES = {  # of the newest round's file
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "empty": lambda path: path.write_bytes(b""),
+    "one byte": lambda path: path.write_bytes(b"x"),
+    "text": lambda path: path.write_text("no arrays"),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"more"),
+    "no record": lambda path: save_file({"a": np.zeros(1)}, path),
+    "a bit of an array": lambda path: flipped(path, -9),
+    "a sign": lambda path: flipped(path, -1, 0x80),
+    "first byte of the arrays": lambda path: flipped(path, header(path)[1]),
+    "a bit of the length": lambda path: flipped(path, 0),
+    "a zeroed page": lambda path: path.write_bytes(path.read_bytes()[:-64] + bytes(64)),
+    "a loss in the record": lambda path: in_header(path, rb"\"loss_after\": 2.0", rb"\"loss_after\": 1.0"),
+    "its settings": lambda path: in_header(path, rb"\"seed\": 0", rb"\"seed\": 1"),
+    "its checksum": lambda path: in_header(path, b'"sha256":"', b'"sha257":"'),
+    "name of an array": lambda path: in_header(path, b"adapter/b.A", b"adapter/c.A"),
+    "type of an array": lambda path: in_header(path, b'"dtype":"F32"', b'"dtype":"I32"'),
+    "shape of an array": lambda path: in_header(path, b'"shape":[2,5]', b'"shape":[5,2]'),
+    "without an array": lambda path: without(path, "adapter/b.A"),
+    "without a moment": lambda path: without(path, "strategy/m_t/b.A"),
+    "the round before": lambda path: path.write_bytes(path.with_name("round-000003.safetensors").read_bytes()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_falls_back_to_the_round_before(tmp_path, caplog, damage):
-    cfg = tiny.settings(rounds=4)
+    cfg = tiny.settings("federation.strategy=FedAdam", rounds=4)
     wanted, _ = tiny.federate(cfg, folder=tmp_path)
     files = sorted(tmp_path.glob("round-*"))
     assert [path.stem for path in files] == ["round-000003", "round-000004"], "the newest two are kept, nothing else"
-    if damage == "no record":
-        from safetensors.numpy import save_file
-
-        save_file({"a": np.zeros(1)}, files[-1])
-    else:
-        files[-1].write_bytes(files[-1].read_bytes()[: 0 if damage == "empty" else -7])
-    seen = []
+    (tmp_path / "round-000004.damaged").write_text("of an earlier time")
+    DAMAGES[damage](files[-1])
+    if damage == "its checksum":  # as of an earlier version, which had none
+        with pytest.raises(RuntimeError, match="without checksum"):
+            tiny.federate(cfg, folder=tmp_path)
+        return
+    bad, seen = files[-1].read_bytes(), []
     with caplog.at_level(logging.WARNING):
         adapter, _ = tiny.federate(cfg, tiny.client(seen=seen), folder=tmp_path)
-    assert "round-000004.safetensors is damaged" in caplog.text
+    said = [record.getMessage() for record in caplog.records if "is damaged" in record.getMessage()]
+    assert len(said) == 1 and "\n" not in said[0] and "going back to the round before, 3" in said[0]
     assert {number for number, _, _ in seen} == {4}
     assert all(np.array_equal(wanted[key], adapter[key]) for key in adapter)
+    assert (tmp_path / "round-000004.damaged").read_text() == "of an earlier time"
+    assert (tmp_path / "round-000004.damaged1").read_bytes() == bad
 
 
-def test_two_damaged_files_do_not_take_the_new_ones_with_them(tmp_path, caplog):
+def test_a_round_under_another_number_is_found(tmp_path, caplog):
     cfg = tiny.settings(rounds=4)
     wanted, _ = tiny.federate(cfg, folder=tmp_path)
-    for path in tmp_path.glob("round-*"):
-        path.write_bytes(b"nothing")
-    with pytest.raises(Ended):
-        tiny.federate(cfg, evaluate=until(2), folder=tmp_path)
-    seen = []
-    adapter, _ = tiny.federate(cfg, tiny.client(seen=seen), folder=tmp_path)
-    assert {number for number, _, _ in seen} == {2, 3, 4}, "round 1 was kept beside the damaged files"
+    (tmp_path / "round-000004.safetensors").rename(tmp_path / "round-000009.safetensors")
+    adapter, tables = tiny.federate(cfg, folder=tmp_path)
+    assert "it is round-000004.safetensors, renamed" in caplog.text and len(tables.history) == 4
     assert all(np.array_equal(wanted[key], adapter[key]) for key in adapter)
+
+
+def test_where_no_round_is_whole_nothing_is_begun_anew_or_renamed(tmp_path):
+    cfg = tiny.settings(rounds=4)
+    tiny.federate(cfg, folder=tmp_path)
+    for path in tmp_path.glob("round-*"):
+        flipped(path, -1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="no round in .* is whole .* move them away to begin anew") as error:
+        tiny.federate(cfg, tiny.client({(1, 0): None}), folder=tmp_path)
+    assert "\n" not in str(error.value) and before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_a_round_that_may_not_be_read_is_named_and_left(error, tmp_path, monkeypatch):
+    cfg = tiny.settings(rounds=4)
+    tiny.federate(cfg, folder=tmp_path)
+    before, real = {path.name: path.read_bytes() for path in tmp_path.iterdir()}, open
+
+    def guarded(path, *given, **more):
+        if str(path).endswith("round-000004.safetensors"):
+            raise error
+        return real(path, *given, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("builtins.open", guarded)
+        with pytest.raises(OSError, match=f"round-000004.* cannot be read .{error.strerror}.; nothing was changed"):
+            tiny.federate(cfg, folder=tmp_path)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_a_longer_timeout_may_go_on_with_a_run(tmp_path):
@@ -106,7 +186,7 @@ def test_other_settings_are_named(tmp_path):
 
 def test_an_interrupted_write_leaves_the_last_whole_round(tmp_path, monkeypatch):
     cfg = tiny.settings()
-    monkeypatch.setattr(checkpoints.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("no space left")))
+    monkeypatch.setattr(folders.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OSError, match="no space"):
         tiny.federate(cfg, folder=tmp_path)
     assert checkpoints.latest(tmp_path, cfg) is None

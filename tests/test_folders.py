@@ -13,7 +13,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 
-from fedllm_helpers import checkpoints, config, deployed_runs, editing, folders, models, simulation, training
+from fedllm_helpers import config, deployed_runs, editing, folders, models, run_folders, simulation, training
 
 WEIGHTS = folders.ADAPTER[-1]
 
@@ -254,7 +254,7 @@ def test_a_users_files_beside_a_run_stay(tmp_path):
         folders.write(tmp_path / name, name)
     before = contents(tmp_path)
     tiny.federate(tiny.settings(rounds=4), folder=tmp_path)
-    checkpoints.check_folder(tmp_path)
+    run_folders.check_folder(tmp_path)
     now = contents(tmp_path)
     assert {name: now[name] for name in before} == before
 
