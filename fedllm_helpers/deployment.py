@@ -6,7 +6,6 @@ is what the server's machine would have, ``hospital-0`` what the first hospital'
 
 import contextlib
 import json
-import logging
 import os
 import secrets
 import shutil
@@ -22,15 +21,21 @@ import psutil
 from omegaconf import DictConfig
 from packaging.version import Version
 
-from fedllm_helpers import certificates, client_app, watchdog
+from fedllm_helpers import certificates, client_app, data, folders, watchdog
 from fedllm_helpers.parties import CONNECTION, LOOPBACK, SERVER, Deployment, last_words, launch, nodes, register
 
 TRIED = ("1.41", "1.42")  # versions of Flower
-logger = logging.getLogger(__name__)
 NAME = "hospital-{}"  # of a hospital's process and folder
 
 
-def start(cfg: DictConfig, folder: str | Path, *, port: int | None = None, patience: float = 90.0) -> Deployment:
+def start(
+    cfg: DictConfig,
+    folder: str | Path,
+    *,
+    port: int | None = None,
+    patience: float = 90.0,
+    keep_cards: bool = False,
+) -> Deployment:
     """Start a server and ``federation.num_clients`` hospitals, each with its own cards, and wait until all are there.
 
     Keys, certificates and cards are made where the folder has none yet. Everything ends with
@@ -45,17 +50,20 @@ def start(cfg: DictConfig, folder: str | Path, *, port: int | None = None, patie
         folder: of the deployment; a folder of an earlier one is gone on with.
         port: of the server on this machine; None takes a free one.
         patience: seconds to wait for the server, and for the hospitals.
+        keep_cards: use the cards that hospitals' folders hold, whatever ``cfg`` would give them.
 
     Raises:
         ValueError: another Flower than those that were tried, a port in use, an expired certificate, cards that cannot
-            be divided.
+            be divided, a folder of something else, or cards there that are damaged or others than these settings give.
         RuntimeError: a process does not come up; with the line of its log that says why.
     """
     _check_flower()
-    folder, count = Path(folder).resolve(), cfg.federation.num_clients
+    folder, count = folders.place(folder).resolve(), cfg.federation.num_clients
     port = _free(port)
-    for hospital in range(count):
-        _prepare_hospital(cfg, folder / NAME.format(hospital), hospital)
+    homes = [folder / NAME.format(hospital) for hospital in range(count)]
+    cards = [_cards(cfg, home, hospital, keep_cards) for hospital, home in enumerate(homes)]
+    for home, files in zip(homes, cards, strict=True):
+        _prepare_hospital(home, files)
     mark = secrets.token_hex(8)
     if not (folder / SERVER / certificates.SERVER).exists():
         certificates.make_server(folder / SERVER, (LOOPBACK, "localhost"))
@@ -184,19 +192,31 @@ def _check_flower() -> None:
         raise ValueError("deployment needs Linux or macOS: on Windows, simulation.run does the same in one process")
 
 
-def _prepare_hospital(cfg: DictConfig, home: Path, hospital: int) -> None:
-    if not (home / "key").exists():
-        certificates.make_node_key(home / "key")
-        home.chmod(0o700)
-    (home / "data").mkdir(exist_ok=True)
+def _cards(cfg: DictConfig, home: Path, hospital: int, keep: bool) -> dict[Path, str]:
+    """The files of cards that a hospital lacks, with what goes into them; those that are there are checked."""
+    missing = {}
     for name, cards in zip(("train", "test"), client_app.own_cards(cfg, hospital), strict=True):
         text = "".join(json.dumps(card, ensure_ascii=False) + "\n" for card in cards)
         file = home / "data" / f"{name}.jsonl"
-        held = file.read_text(encoding="utf-8") if file.exists() else ""
-        if text and not held:
-            file.write_text(text, encoding="utf-8")
-        elif text != held:
-            logger.warning("%s has other cards than these settings give: they are used as they are", file)
+        held = file.read_bytes() if file.exists() else None
+        if held is None and text:
+            missing[file] = text
+        elif held is not None and keep:
+            data.load_flashcards(str(file))
+        elif (held or b"") != text.encode():
+            what = "cut or damaged cards" if held and text.encode().startswith(held) else "other cards"
+            said = f"{file} holds {what}, not those that these settings give"
+            raise ValueError(f"{said}: name another folder, or start with keep_cards=True to use them as they are")
+    return missing
+
+
+def _prepare_hospital(home: Path, cards: dict[Path, str]) -> None:
+    (home / "data").mkdir(parents=True, exist_ok=True)
+    if not (home / "key").exists():
+        certificates.make_node_key(home / "key")
+        home.chmod(0o700)
+    for file, text in cards.items():
+        folders.write(file, text)
 
 
 def _free(port: int | None) -> int:
