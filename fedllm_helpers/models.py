@@ -1,26 +1,22 @@
 """The base model and its LoRA adapter: loading, counting, and the adapter in and out as arrays."""
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from omegaconf import DictConfig
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from fedllm_helpers import embedded, folders, placement
+from fedllm_helpers import embedded, fitting, folders, hub, placement
 
 Adapter = dict[str, np.ndarray]
 
@@ -37,27 +33,46 @@ def load(cfg: DictConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     Raises:
         FileNotFoundError: a model folder is absent or without weights.
         ConnectionError: the hub, or the package index for the embedded model, cannot be reached.
-        ValueError: a device, a number format or a quantization that this machine does not have.
+        ValueError: a device, a number format or a quantization that this machine does not have; or what
+            :mod:`fedllm_helpers.fitting` finds: no causal language model, a tokenizer of another one, weights missing.
     """
-    device, dtype = device_and_dtype(cfg.model.device, cfg.model.dtype)
     where = locate(cfg.model.name)
-    with _quiet():
-        tokenizer = from_pretrained(AutoTokenizer, where)
-        base = from_pretrained(AutoModelForCausalLM, where, **placement.options(cfg.model, device, dtype))
+    base, tokenizer = _base(cfg, where)
     if not cfg.model.use_fast_tokenizer and tokenizer.is_fast:
         raise ValueError("model.use_fast_tokenizer=false: transformers 5 has no other for this model; set it to true")
     tokenizer.padding_side = cfg.train.padding_side
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    base = base.to(device) if cfg.model.quantization is None else placement.never_repacked(base)
     if cfg.model.gradient_checkpointing:
         base.config.use_cache = False
         with _quiet():
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = add_adapter(base, cfg.model.lora, cfg.seed)
-    model.peft_config["default"].base_model_name_or_path = (
-        embedded.HUB_ID if cfg.model.name == embedded.NAME else cfg.model.name
-    )
+    own, kind = model.peft_config["default"], type(base)
+    own.base_model_name_or_path = embedded.HUB_ID if cfg.model.name == embedded.NAME else where
+    own.auto_mapping = {
+        "base_model_class": kind.__name__,
+        "parent_library": kind.__module__,
+        **fitting.form(base.config),
+    }
     return model.eval(), tokenizer
+
+
+def _base(cfg: DictConfig, where: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base model on its device and its tokenizer, found to fit."""
+    name, (device, dtype) = cfg.model.name, device_and_dtype(cfg.model.device, cfg.model.dtype)
+    with _quiet():
+        shape = hub.from_pretrained(AutoConfig, where)
+        fitting.check_configuration(name, shape, cfg.train.seq_length, cfg.model.quantization)
+        how = placement.options(cfg.model, device, dtype)
+        if getattr(shape, "quantization_config", None):  # stored in few bits
+            how["device_map"] = {"": device}
+        tokenizer = hub.from_pretrained(AutoTokenizer, where)
+        base, report = hub.from_pretrained(AutoModelForCausalLM, where, output_loading_info=True, **how)
+    base = placement.never_repacked(base) if getattr(base, "is_quantized", False) else base.to(device)
+    fitting.check_weights(name, base, report)
+    fitting.check_tokenizer(name, base, tokenizer)
+    if name != embedded.NAME:  # its files are known by their checksums
+        fitting.check_causal(name, base, tokenizer)
+    return base, tokenizer
 
 
 def add_adapter(base: torch.nn.Module, lora: DictConfig, seed: int = 0) -> PeftModel:
@@ -75,17 +90,20 @@ def add_adapter(base: torch.nn.Module, lora: DictConfig, seed: int = 0) -> PeftM
         lora_dropout=lora.lora_dropout,
         target_modules=targets,
     )
+    named = [f".{name}" for name, _ in base.named_modules()]
+    unmatched = [target for target in targets or () if not any(name.endswith(f".{target}") for name in named)]
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         try:
+            if unmatched:
+                raise ValueError(f"no layer is named {', '.join(unmatched)}")
             return get_peft_model(base, settings)
         except ValueError as error:
-            layers = {n.split(".")[-1] for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)} - {
-                "lm_head",
-                "embed_out",
-            }
+            reason = " ".join(str(error).split()).rstrip(".")
+            here = {n.split(".")[-1] for n, m in base.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
             raise ValueError(
-                f"model.lora.target_modules={targets}: {error}; layers here: {', '.join(sorted(layers))}"
+                f"model.lora.target_modules={targets}: {reason}; "
+                f"layers here: {', '.join(sorted(here - {'lm_head', 'embed_out'}))}"
             ) from None
 
 
@@ -174,10 +192,14 @@ def load_adapter(model: PeftModel, folder: str | Path) -> None:
     path, own = Path(folder) / "adapter_model.safetensors", model.peft_config["default"]
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at {path}")
-    saved = PeftConfig.from_pretrained(folder)
-    for name in ("base_model_name_or_path", "r", "lora_alpha", "use_rslora"):
-        if getattr(saved, name) != getattr(own, name):
-            raise ValueError(f"{folder} does not fit: its {name} is {getattr(saved, name)}, here {getattr(own, name)}")
+    try:
+        saved = PeftConfig.from_pretrained(folder)
+    except Exception as error:  # absent, no JSON, no settings of PEFT
+        raise ValueError(f"{folder}: its adapter_config.json cannot be read: {' '.join(str(error).split())}") from None
+    for name in ("peft_type", "r", "lora_alpha", "use_rslora"):
+        if (given := getattr(saved, name, None)) != getattr(own, name):
+            raise ValueError(f"{folder} does not fit: its {name} is {given}, here {getattr(own, name)}")
+    fitting.check_base(folder, saved, own)
     try:
         adapter = load_file(path)
     except SafetensorError as error:
@@ -195,35 +217,30 @@ def locate(name: str) -> str:
         return str(embedded.fetch())
     folder = Path(name).expanduser()
     if folder.is_dir():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(f"{name} holds an adapter: set model.name to its base model, then models.load_adapter")
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"model folder {name} has no config.json")
-        return str(folder)
+        if closed := [path for path in folder.iterdir() if not os.access(path, os.R_OK)]:
+            raise PermissionError(f"{closed[0]} may not be read: its owner can allow it with chmod a+r")
+        return str(folder.resolve())
     if folder.is_absolute() or name.startswith((".", "~")):
         raise FileNotFoundError(f"no model folder at {name}")
+    hub.check("model", name)
     return name
-
-
-def from_pretrained(kind: type, where: str, **options: Any) -> Any:
-    """``kind.from_pretrained``, with one line for a folder that is not whole or a hub that cannot be reached."""
-    try:
-        return kind.from_pretrained(where, **options)
-    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
-        reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
-        if Path(where).is_dir():
-            raise FileNotFoundError(f"model folder {where} is not whole: {reason}") from error
-        raise ConnectionError(
-            f"model {where!r} cannot be read from the hub ({reason}): check the name and the network, "
-            f"or set model.name to '{embedded.NAME}' or to a local folder"
-        ) from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the loading bars, and without the warnings about a name that transformers 6 will drop."""
+    """Without bars and reports of what is checked here anyway, and without remarks on what PEFT and transformers do."""
     transformers_logging.disable_progress_bar()
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(max(before, transformers_logging.ERROR))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing(_enable)?` is deprecated")
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
         try:
             yield
         finally:
+            transformers_logging.set_verbosity(before)
             transformers_logging.enable_progress_bar()

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fedllm_helpers import folders, memory, models
+from fedllm_helpers import fitting, folders, memory, models
 from fedllm_helpers.batches import LengthBatches, collate, encode, takes_logits_to_keep
 
 HISTORY = ["step", "loss", "learning_rate"]
@@ -88,9 +88,10 @@ def fine_tune(
         A record of the loss, the examples and tokens seen, the share of padding, and the seconds.
 
     Raises:
-        ValueError: the cards do not fit ``train.seq_length``.
+        ValueError: no cards, or cards that do not fit ``train.seq_length``.
         FloatingPointError: the loss is no longer finite. Whatever ends a training, the adapter is as it was before.
     """
+    fitting.check_cards(cards, least=1)
     rows = encode(cards, tokenizer, cfg.train.seq_length, cfg.dataset.prompt)
     collator = partial(collate, tokenizer=tokenizer, answer_logits_only=takes_logits_to_keep(model))
     before, bar = models.get_adapter(model), [_ProgressBar(description)] if progress else []
@@ -200,7 +201,11 @@ class AdapterTrainer(Trainer):
                 f"the loss is {loss:.0f} after {self.state.global_step} steps: lower the rate, {rate}"
             )
         for weight, start in self.pulled:  # the gradient of ½ μ‖w − w₀‖², spread over the batches of a step
-            weight.grad.add_(weight.detach() - start, alpha=self.mu / self.args.gradient_accumulation_steps)
+            pull = self.mu / self.args.gradient_accumulation_steps
+            if weight.grad is not None:
+                weight.grad.add_(weight.detach() - start, alpha=pull)
+            elif not torch.equal(weight, start):  # a layer that no card of this batch went through, but others did
+                weight.grad = pull * (weight.detach() - start)
         return loss
 
     def compute_loss_context_manager(self) -> contextlib.AbstractContextManager:
