@@ -143,7 +143,7 @@ def generate(
     """
     if isinstance(questions, str) or not all(isinstance(question, str) for question in questions):
         raise ValueError(f"questions={questions!r:.60}: expected a list of texts")
-    if max_new_tokens < 1:
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: allowed are whole numbers from 1")
     if not questions:
         return []
@@ -157,7 +157,7 @@ def generate(
             f"the model has {positions} positions for both"
         )
     ends = fitting.end_tokens(model, tokenizer)
-    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None, "max_length": None}
     out = model.generate(
         **tokens, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, **greedy
     )

@@ -128,7 +128,7 @@ def check_causal(name: str, base: PreTrainedModel, tokenizer: PreTrainedTokenize
     Raises:
         ValueError: it reads ahead, or its outputs are not finite in this number format.
     """
-    ids = torch.tensor([tokenizer(SAMPLE)["input_ids"][:8]], device=base.device)
+    ids = torch.tensor([(tokenizer(SAMPLE)["input_ids"] * 2)[:8]], device=base.device)
     seen: list[torch.Tensor] = []
 
     def watched(layer: torch.nn.Module, given: tuple, embedded: torch.Tensor) -> torch.Tensor:
@@ -149,7 +149,7 @@ def check_causal(name: str, base: PreTrainedModel, tokenizer: PreTrainedTokenize
         hook.remove()
     if not torch.isfinite(logits).all():
         raise ValueError(f"model {name!r}: what it computes is not finite in {base.dtype}; set model.dtype=float32")
-    if read.any():
+    if read.nan_to_num().any():
         raise ValueError(
             f"model {name!r} ({base.config.model_type}) reads ahead, as encoders do, and would see the answers it is "
             "scored on: set model.name to one that reads left to right"
