@@ -125,7 +125,13 @@ def tuning_config(cfg: DictConfig, folder: Path) -> DictConfig:
     """The same federation on its training cards alone, a tenth of them held out: no test card is in it."""
     path = folder / "training_cards.json"
     path.write_text(json.dumps(data.load(cfg)[0].to_list()), encoding="utf-8")
-    whole = ["dataset.specialties=null", "dataset.max_cards_per_specialty=null", "train.evaluate_split=0.1"]
+    whole = [
+        "dataset.test=null",
+        "dataset.columns=null",
+        "dataset.specialties=null",
+        "dataset.max_cards_per_specialty=null",
+        "train.evaluate_split=0.1",
+    ]
     return config.load(cfg, f"dataset.name={path}", *whole)
 
 
@@ -152,6 +158,9 @@ def key_of(cfg: DictConfig, *parts: Any) -> str:
     Sections that are switched off are left out of it, so that results from before such a section existed count.
     """
     settings = OmegaConf.to_container(cfg)
+    for later in ("test", "columns"):
+        if settings["dataset"][later] is None:
+            del settings["dataset"][later]
     if not privacy.silent(cfg):
         del settings["federation"]["privacy"], settings["federation"]["secure_aggregation"]
     origin = provenance(cfg)

@@ -93,7 +93,13 @@ def stage(
     beside = path.with_suffix(f".{os.getpid()}.part")
     beside.write_text(json.dumps(attacks.plant(members, planted, victim, cfg.seed).to_list()), encoding="utf-8")
     beside.replace(path)
-    whole = ["dataset.specialties=null", "dataset.max_cards_per_specialty=null", "train.evaluate_split=false"]
+    whole = [
+        "dataset.test=null",
+        "dataset.columns=null",
+        "dataset.specialties=null",
+        "dataset.max_cards_per_specialty=null",
+        "train.evaluate_split=false",
+    ]
     return config.load(cfg, f"dataset.name={path}", *whole), members, others, planted
 
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from fedllm_helpers.data import format_prompt
+from fedllm_helpers.data.prompts import card_ids
 
 logger = logging.getLogger(__name__)
 IGNORED = -100  # label of a token that is read, not learned: the loss of PyTorch and transformers passes it over
@@ -26,25 +26,22 @@ def encode(
         cards: rows of ``question`` and ``answer``.
         tokenizer: of the model.
         seq_length: tokens per card at most; a longer answer loses its end, and the log says how many did.
-        prompt: one of :data:`fedllm_helpers.data.PROMPTS`.
+        prompt: one of :data:`fedllm_helpers.data.PROMPTS`, ``chat``, or a template of one's own with ``{question}``.
 
     Returns:
-        Per card ``input_ids`` and ``labels`` of equal length, the end-of-text token included.
+        Per card ``input_ids`` and ``labels`` of equal length, the token that ends the answer included.
 
     Raises:
         ValueError: ``seq_length`` leaves no room for any token of an answer; the line says for how many cards.
     """
-    prompts = [format_prompt(card["question"], prompt) for card in cards]
-    texts = [f"{text} {card['answer']}" for text, card in zip(prompts, cards, strict=True)]
-    if not texts:
-        return []
-    tokens, rows, lengths, starts = tokenizer(texts, return_offsets_mapping=True), [], [], []
-    for text, ids, offsets in zip(prompts, tokens["input_ids"], tokens["offset_mapping"], strict=True):
-        start = next(i for i, (_, end) in enumerate(offsets) if end > len(text))
-        ids = [*ids, tokenizer.eos_token_id] if ids[-1] != tokenizer.eos_token_id else ids
-        rows.append({"input_ids": ids[:seq_length], "labels": ([IGNORED] * start + ids[start:])[:seq_length]})
-        lengths.append(len(ids))
+    rows, lengths, starts = [], [], []
+    for ids, start, end in card_ids(list(cards), tokenizer, prompt):
+        labels = [IGNORED] * start + ids[start:end] + [IGNORED] * (len(ids) - end)
+        rows.append({"input_ids": ids[:seq_length], "labels": labels[:seq_length]})
+        lengths.append(end)
         starts.append(start)
+    if not rows:
+        return []
     cut, empty = (sum(n > seq_length for n in lengths), sum(n >= seq_length for n in starts))
     said = f"train.seq_length={seq_length} cuts {cut} of {len(rows)} cards (the longest has {max(lengths)} tokens)"
     if empty:

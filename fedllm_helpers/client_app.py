@@ -121,8 +121,9 @@ def _loss(cfg: DictConfig, cards: Dataset) -> float:
 def node_cards(context: Context, hospital: int) -> tuple[Dataset, Dataset]:
     """(train, test) cards of this node: those of the folder that its own ``--node-config`` names as ``data``.
 
-    The folder holds ``train.jsonl`` and, to be scored, ``test.jsonl``; nothing that the server sends can point
-    elsewhere. A node without one takes its share of the configured dataset, as in one process.
+    The folder holds ``train.*`` and, to be scored, ``test.*``, of any kind that :func:`fedllm_helpers.data.load_parts`
+    reads, with well-known names of columns; nothing that the server sends can point elsewhere, to another column
+    neither. A node without a folder takes its share of the configured dataset, as in one process.
 
     Raises:
         FileNotFoundError: there is no such folder or no such file. The path is written to the node's own log only: what
@@ -133,9 +134,11 @@ def node_cards(context: Context, hospital: int) -> tuple[Dataset, Dataset]:
         return own_cards(settings(context), hospital)
     try:
         folder = Path(str(context.node_config["data"])).expanduser()
-        train, test = data.load_flashcards(str(folder / "train.jsonl")), folder / "test.jsonl"
-        return train, data.load_flashcards(str(test)) if test.exists() else train.select([])
-    except (OSError, ValueError, RuntimeError) as error:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder at {folder}")
+        train, test = data.load_parts(str(folder.absolute()))
+        return train, train.select([]) if test is None else test
+    except Exception as error:  # of whatever kind: it may quote a card or a path, and would be sent to the server
         logger.error("hospital %d: %s", hospital, error)
         said = f"hospital {hospital}: the cards in its node-config's data folder cannot be read; see the node's own log"
         raise (FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError)(said) from None

@@ -1,6 +1,7 @@
 """Configuration: the course's YAML keys, typed and checked before anything is downloaded or trained."""
 
 import difflib
+import json
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -34,7 +35,7 @@ def load(source: str | Path | DictConfig = "cpu", *overrides: str) -> DictConfig
         FileNotFoundError: the YAML file does not exist.
     """
     changes = OmegaConf.create()
-    for override in overrides:
+    for override in map(_verbatim, overrides):
         try:
             changes.merge_with_dotlist([override if "=" in override else f"{override}="])
         except (OmegaConfBaseException, yaml.YAMLError) as error:
@@ -54,6 +55,7 @@ def load(source: str | Path | DictConfig = "cpu", *overrides: str) -> DictConfig
     _check(config, Config)
     _check_training_arguments(config.train.training_arguments, "train")
     _check_training_arguments(config.federation.training_arguments, "federation")
+    _check_prompt(config.dataset.prompt)
     if config.train.learning_rate_min > config.train.learning_rate_max:
         raise ValueError(
             f"train.learning_rate_min={config.train.learning_rate_min} is above "
@@ -121,6 +123,21 @@ def _one_line(error: OmegaConfBaseException) -> str:
         return f"unknown key {key!r}" + (f"; did you mean {homes[0]!r}?" if homes else _nearest(key, sorted(known)))
     wanted = dict(_settings(Config)).get(key)
     return f"{key}: {first}" + (f"; expected {wanted.type} ({wanted.metadata['meaning']})" if wanted else "")
+
+
+def _verbatim(override: str) -> str:
+    """A path, a column or a template as it was typed: YAML would cut it at " #" and read "Answer: x" as a mapping."""
+    key, _, value = override.partition("=")
+    text = key in ("dataset.name", "dataset.test", "dataset.prompt") or key.startswith("dataset.columns.")
+    as_it_is = not text or value in ("", "null") or value.startswith(("'", '"', "${"))
+    return override if as_it_is else f"{key}={json.dumps(value)}"
+
+
+def _check_prompt(prompt: str) -> None:
+    if prompt not in ("short", "course", "chat"):
+        from fedllm_helpers.data import format_prompt  # here, because importing datasets takes a second
+
+        format_prompt("", prompt)
 
 
 def _check(config: DictConfig, schema: type) -> None:

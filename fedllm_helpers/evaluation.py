@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedllm_helpers import fitting, models
 from fedllm_helpers.batches import IGNORED, collate, encode, takes_logits_to_keep
-from fedllm_helpers.data import format_prompt
+from fedllm_helpers.data.prompts import prompt_ids
 
 
 @dataclass(frozen=True)
@@ -131,24 +131,24 @@ def accuracy(correct: np.ndarray, seed: int = 0) -> Estimate:
 def generate(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    questions: list[str],
+    questions: list[str] | list[dict],
     *,
     prompt: str = "short",
     max_new_tokens: int = 40,
 ) -> list[str]:
-    """Greedy answers, each up to an end token of the tokenizer or of the model, or ``max_new_tokens``.
+    """Greedy answers to questions or cards, each up to an end token of the tokenizer or of the model, or ``max_new_tokens``.
 
     Raises:
         ValueError: no list of questions, no room for an answer, or a prompt beyond the model's positions.
     """
-    if isinstance(questions, str) or not all(isinstance(question, str) for question in questions):
-        raise ValueError(f"questions={questions!r:.60}: expected a list of texts")
+    if isinstance(questions, str) or not all(isinstance(question, (str, dict)) for question in questions):
+        raise ValueError(f"questions={questions!r:.60}: expected a list of texts, or of cards")
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: allowed are whole numbers from 1")
     if not questions:
         return []
-    texts = [format_prompt(question, prompt) for question in questions]
-    given = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    ids = [prompt_ids(question, tokenizer, prompt) for question in questions]
+    given = tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="left")
     tokens = {key: given[key].to(model.device) for key in ("input_ids", "attention_mask")}
     length, positions = tokens["input_ids"].shape[1], fitting.max_positions(model.config)
     if positions is not None and length + max_new_tokens > positions:

@@ -28,8 +28,10 @@ def _setting(
 class Dataset:
     """Where the flashcards come from and how a card becomes a prompt."""
 
-    name: str = _setting("hpo", "'hpo', a hub id, or a .json, .jsonl or .csv file")
-    prompt: str = _setting("short", "template around a question", choices=("short", "course"))
+    name: str = _setting("hpo", "'hpo', a hub id, a folder, or a .json, .jsonl, .csv, .tsv or .parquet file")
+    test: str | None = _setting(None, "a second one, to be held out; null: the dataset's own test part, or a split")
+    columns: dict[str, str] | None = _setting(None, "names of columns by role, such as question, answer, context")
+    prompt: str = _setting("short", "'short', 'course', 'chat', or a template with {question} in it")
     specialties: list[str] | None = _setting(None, "keep these specialties only; null keeps all")
     max_cards_per_specialty: int | None = _setting(None, "seeded subset of each specialty; null keeps all", low=2)
 
