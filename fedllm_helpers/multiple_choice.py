@@ -3,13 +3,14 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from fedllm_helpers.data import read_rows
+from fedllm_helpers.data import columns, files
 from fedllm_helpers.evaluation import score_answers
 
 
@@ -49,8 +50,9 @@ def from_file(path: str | Path) -> list[dict]:
     """Read a multiple-choice benchmark in the manner of MedQA or PubMedQA.
 
     Args:
-        path: ``.json``, ``.jsonl`` or ``.csv`` rows of ``question``, ``options`` (a list, or a mapping from letter to
-            text) and ``answer`` (a letter, an option's text, or its position from 0).
+        path: any file that :func:`fedllm_helpers.data.files.read` takes, with rows of ``question``, ``options`` (a
+            list, or a mapping from letter to text, in CSV written as JSON) and ``answer`` (a letter, an option's text,
+            or its position from 0).
 
     Returns:
         Rows of ``question``, ``options`` (list of str) and ``answer`` (position of the right option).
@@ -58,28 +60,34 @@ def from_file(path: str | Path) -> list[dict]:
     Raises:
         ValueError: a row lacks one of the three, or its answer is none of its options.
     """
-    questions = []
-    for number, row in enumerate(read_rows(Path(path)), 1):
-        if not row.get("question") or not row.get("options") or "answer" not in row:
-            raise ValueError(f"{path}: row {number} needs 'question', 'options' and 'answer'")
-        options, answer = row["options"], row["answer"]
-        try:
-            options = json.loads(options) if isinstance(options, str) else options
-        except ValueError:
-            options = None
-        if not isinstance(options, (list, dict)):
-            raise ValueError(f"{path}: row {number}: 'options' must be a list or a mapping, in CSV written as JSON")
-        letters = list(options) if isinstance(options, dict) else [chr(ord("A") + i) for i in range(len(options))]
-        texts = [str(text) for text in (options.values() if isinstance(options, dict) else options)]
-        places = [str(i) if isinstance(answer, str) else i for i in range(len(texts))]  # in CSV they are text
-        readings = [[i for i, name in enumerate(names) if name == answer] for names in (texts, letters, places)]
-        right = next((reading for reading in readings if reading), [])
-        if len(right) != 1:
-            raise ValueError(
-                f"{path}: row {number}: answer {answer!r} names {len(right)} of the options {', '.join(letters)}"
-            )
-        questions.append({"question": str(row["question"]), "options": texts, "answer": right[0]})
-    return questions
+    table = files.read(path)
+    frame = table.frame.rename(columns=columns.normal)
+    absent = [name for name in ("question", "options", "answer") if list(frame.columns).count(name) != 1]
+    if absent:
+        there = ", ".join(map(str, table.frame.columns))
+        raise ValueError(f"{path}: row 1 needs 'question', 'options' and 'answer', one column each; there are {there}")
+    asked = zip(frame["question"], frame["options"], frame["answer"], strict=True)
+    return [_question(f"{path}: row {number}", *row) for number, row in enumerate(asked, 1)]
+
+
+def _question(where: str, question: Any, options: Any, answer: Any) -> dict:
+    if any(columns.missing(value) or value == "" for value in (question, options, answer)):
+        raise ValueError(f"{where} needs 'question', 'options' and 'answer'")
+    try:
+        options = json.loads(options) if isinstance(options, str) else options
+    except ValueError:
+        options = None
+    texts = list(options.values()) if isinstance(options, dict) else options
+    if not isinstance(texts, list) or not all(isinstance(text, (str, int, float)) for text in texts):
+        raise ValueError(f"{where}: 'options' must be a list or a mapping of texts, in CSV written as JSON")
+    letters = list(options) if isinstance(options, dict) else [chr(ord("A") + i) for i in range(len(texts))]
+    texts = [str(text) for text in texts]
+    places = [str(i) if isinstance(answer, str) else i for i in range(len(texts))]  # in CSV they are text
+    readings = [[i for i, name in enumerate(names) if name == answer] for names in (texts, letters, places)]
+    right = next((reading for reading in readings if reading), [])
+    if len(right) != 1:
+        raise ValueError(f"{where}: answer {answer!r} names {len(right)} of the options {', '.join(letters)}")
+    return {"question": str(question), "options": texts, "answer": right[0]}
 
 
 def choose(

@@ -150,7 +150,7 @@ def _from_turns(table: Table, role: dict[str, str], left: Left) -> dict[str, lis
     for row, values in enumerate(rows, 1):
         try:
             given = zip(values, speakers.values(), strict=True)
-            whole = [conversations.turns(value, speaker) for value, speaker in given if not _missing(value)]
+            whole = [conversations.turns(value, speaker) for value, speaker in given if not missing(value)]
             cards.append(conversations.card([turn for turns in whole for turn in turns]))
         except conversations.Unusable as reason:
             left.setdefault(str(reason), []).append(row)
@@ -169,7 +169,7 @@ def _texts(table: Table, role: dict[str, str], name: str) -> list[str]:
 
 
 def _text(value: Any, table: Table, name: str, row: int) -> str:
-    if _missing(value):
+    if missing(value):
         return ""
     if isinstance(value, bool):
         return str(value).lower()  # as JSON writes it
@@ -182,7 +182,8 @@ def _text(value: Any, table: Table, name: str, row: int) -> str:
     return str(value).strip()
 
 
-def _missing(value: Any) -> bool:
+def missing(value: Any) -> bool:
+    """Whether a value of a row stands for none."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 

@@ -41,6 +41,8 @@ def turns(value: Any, speaker: str = "") -> list[Turn]:
             value = json.loads(value)
         except ValueError:
             raise ValueError("a conversation is text, and no list of turns") from None
+    if value == []:
+        raise Unusable("without a turn")
     if not is_turns(value):
         raise ValueError('a conversation is no list of turns such as {"role": "user", "content": "…"}')
     found = []

@@ -1,15 +1,10 @@
 """A file of rows, whatever its suffix, to a table of values as they were written, with a line on what was found out."""
 
-import bz2
 import csv
-import gzip
 import io
 import json
-import lzma
 import os
 import re
-import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +14,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
-PACKED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ\x00": lzma.decompress}
-PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zip")
-MARKS = {  # the longer first: UTF-32's mark begins with that of UTF-16
-    b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16",
-    b"\xef\xbb\xbf": "utf-8-sig",
-}  # fmt: skip
-SHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
+from fedllm_helpers.data.contents import PACKED_SUFFIXES, SUFFIXES, decode, unpack
+
 ROW_NAMES = {"question", "answer", "instruction", "prompt", "input", "output", "messages", "conversations"}
 SAMPLE = 65_536  # characters from which the delimiter is found
 
@@ -62,7 +51,7 @@ def read(path: str | Path) -> Table:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no data file at {path}")
     try:
-        content = _unpack(path.read_bytes(), path)
+        content = unpack(path.read_bytes(), path)
         frame, found, doubt = _table(content, known_suffix(path) or path.suffix.lower())
         if not len(frame):
             raise ValueError("there are column names, but no row below them")
@@ -80,42 +69,17 @@ def from_arrow(table: pa.Table) -> pd.DataFrame:
     return frame.set_axis(table.column_names, axis=1)
 
 
-def _unpack(content: bytes, path: Path) -> bytes:
-    suffix = path.suffix.lower()
-    try:
-        if content[:4] == b"PK\x03\x04" and suffix not in SHEETS:
-            archive = zipfile.ZipFile(io.BytesIO(content))
-            names = [name for name in archive.namelist() if not name.endswith("/") and "__MACOSX" not in name]
-            if "[Content_Types].xml" in names:
-                suffix = SHEETS[0]
-            elif len(names) != 1:
-                raise ValueError(f"the archive holds {len(names)} files: unpack it, and name one ({', '.join(names)})")
-            else:
-                return archive.read(names[0])
-        unpack = next((how for mark, how in PACKED.items() if content.startswith(mark)), None)
-        content = unpack(content) if unpack else content
-    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(f"cannot be unpacked ({error}); is the file whole?") from None
-    if suffix in SHEETS:
-        raise ValueError("a spreadsheet: save its sheet as CSV UTF-8 (in Excel: Save as), and name that file")
-    if not content.strip():
-        raise ValueError("the file is empty")
-    if content.startswith((b"%PDF", b"{\\rtf", b"\xd0\xcf\x11\xe0")) or suffix in (".txt", ".pdf", ".docx", ".md"):
-        raise ValueError(f"not a table of rows: bring {', '.join(SUFFIXES)} with a question and an answer in each row")
-    return content
-
-
 def _table(content: bytes, suffix: str) -> tuple[pd.DataFrame, str, str]:
     if content.startswith(b"PAR1"):
         try:
             return from_arrow(pq.read_table(pa.BufferReader(content))), "parquet", ""
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"cannot be read as parquet: {error}; is the file whole?") from None
-    if suffix == ".parquet" and b"\0" in content:
-        raise ValueError("cannot be read as parquet: its first bytes are of another kind; is the file whole?")
-    text, encoding = _decode(content)
+    text, encoding = decode(content)
     doubt = "not UTF-8, so read as cp1252: look at its accents" if encoding == "cp1252" else ""
     start, delimited = text.lstrip()[:1], bool(re.search("[,;\t|]", text.lstrip().split("\n", 1)[0]))
+    if suffix == ".parquet" and start not in ("[", "{") and not delimited:
+        raise ValueError("cannot be read as parquet: its first bytes are of another kind; is the file whole?")
     if start in ("[", "{") or (suffix in (".json", ".jsonl", ".ndjson") and (start == '"' or not delimited)):
         try:
             frame, form = _json(text)
@@ -125,36 +89,6 @@ def _table(content: bytes, suffix: str) -> tuple[pd.DataFrame, str, str]:
                 raise
     frame, delimiter = _csv(text, suffix)
     return frame, f"csv, delimiter {'tab' if delimiter == chr(9) else repr(delimiter)}, {encoding}", doubt
-
-
-def _decode(content: bytes) -> tuple[str, str]:
-    """Text and its encoding: by its mark, else UTF-8, else UTF-16 by where its zeros lie, else cp1252."""
-    encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), "")
-    zeros = [content[side:SAMPLE:2].count(0) for side in (0, 1)]
-    if not encoding and b"\0" in content:
-        encoding = "utf-16-le" if zeros[1] > 9 * zeros[0] else "utf-16-be" if zeros[0] > 9 * zeros[1] else ""
-    try:
-        text = content.decode(encoding or "utf-8")
-    except UnicodeDecodeError as error:
-        place = f"(byte {error.start}, line {content[: error.start].count(10) + 1})"
-        if encoding or not _western(content):
-            raise ValueError(f"not {(encoding or 'utf-8').upper()} text {place}; save it as UTF-8") from None
-        text, encoding = content.decode("cp1252"), "cp1252"
-    if "\0" in text:
-        line = text[: text.index("\0")].count("\n") + 1
-        raise ValueError(f"line {line} holds a zero byte: it is no text, or was damaged; save it as UTF-8")
-    return text, encoding or "utf-8"
-
-
-def _western(content: bytes) -> bool:
-    """Whether bytes read as cp1252: not broken UTF-8, and words mostly of plain letters, unlike those of cp1251."""
-    try:
-        text = content.decode("cp1252")
-    except UnicodeDecodeError:
-        return False
-    whole = len(re.findall(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}", content))
-    letters = [letter for letter in text[: 16 * SAMPLE] if letter.isalpha()]
-    return not whole and sum(letter > "\x7f" for letter in letters) <= 0.3 * len(letters)
 
 
 def _json(text: str) -> tuple[pd.DataFrame, str]:
@@ -168,7 +102,7 @@ def _json(text: str) -> tuple[pd.DataFrame, str]:
         raise ValueError(f"cannot be read as JSON: {error}; is the file whole?") from None
     rows = _rows(values[0]) if len(values) == 1 else values
     wrong = next((number for number, row in enumerate(rows, 1) if not isinstance(row, dict)), None)
-    if not rows or wrong:
+    if not any(rows) or wrong:
         what = f"row {wrong} is {type(rows[wrong - 1]).__name__}" if wrong else "there is none"
         raise ValueError(f'expected a list of rows with names, such as {{"question": …, "answer": …}}; {what}')
     return pd.DataFrame(rows, dtype=object), "JSON lines" if len(values) > 1 else "JSON"
@@ -248,13 +182,11 @@ def _cells(text: str, delimiter: str, before: int) -> Iterator[tuple[int, list[s
 
 def _delimiter(text: str, suffix: str) -> str:
     """Which of , ; tab | parts the most rows into as many cells as the first."""
-    sample = text[:SAMPLE]
-
-    def fits(delimiter: str) -> tuple:
-        reader = csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter, skipinitialspace=True)
+    found = {}
+    for delimiter in ",;\t|":
+        reader = csv.reader(io.StringIO(text[:SAMPLE], newline=""), delimiter=delimiter, skipinitialspace=True)
         widths = [len(row) for row in reader if row]
-        widths = widths[:-1] if len(text) > SAMPLE and len(widths) > 1 else widths
-        same = sum(width == widths[0] for width in widths) / len(widths)
-        return widths[0] > 1, same, suffix == ".tsv" and delimiter == "\t", widths[0]
-
-    return max(",;\t|", key=fits)
+        widths = widths[:-1] if len(text) > SAMPLE and len(widths) > 1 else widths  # the last one is cut
+        same = widths.count(widths[0]) / len(widths)
+        found[delimiter] = (widths[0] > 1, same, suffix == ".tsv" and delimiter == "\t", widths[0])
+    return max(found, key=found.get)

@@ -30,7 +30,8 @@ def read(name: str) -> dict[str, Table]:
         )
     if isinstance(problem, (RepositoryNotFoundError, HFValidationError)):
         raise FileNotFoundError(
-            f"the hub has no dataset {name!r} (or shows it only to its owner): check the name, {INSTEAD}"
+            f"there is no file or folder {name!r} here, and the hub has no such dataset (or hides it): "
+            f"check the name, {INSTEAD}"
         )
     online, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, problem is not None
     try:

@@ -106,7 +106,7 @@ def _tables(name: str) -> dict[str, Table]:
     if name == "hpo":
         return {"train": Table("hpo", pd.DataFrame(ontology.flashcards(), dtype=object))}
     path = Path(name).expanduser()
-    if os.path.isdir(path):
+    if name and os.path.isdir(path):
         return _folder(path)
     spelt = re.match(r"[~./\\]|[A-Za-z]:[\\/]", name) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
     if (

@@ -20,7 +20,7 @@ def choose(cards: Dataset, specialties: Iterable[str] | None, max_per_specialty:
     """Keep some specialties, and of each a seeded subset.
 
     Raises:
-        ValueError: no specialty is named, none of its cards may be kept, or no card has it; the line names those there are.
+        ValueError: no specialty is named, or no card has one; a limit below 1. The line names what there is.
     """
     present, index = _by_value(cards.select_columns(["specialty"]).to_pandas()["specialty"])
     wanted = present if specialties is None else sorted(set(specialties))
