@@ -32,7 +32,7 @@ EXPECTED = (
 
 def normal(name: Any) -> str:
     """A column's name without what people add to it: case, blanks, a byte order mark."""
-    return re.sub(r"[\s_\-]+", "_", str(name).replace("\ufeff", "").strip().casefold())
+    return re.sub(r"[\s_\-]+", "_", str(name).replace("\ufeff", "").strip().casefold()).strip("_")
 
 
 def to_cards(tables: Sequence[Table], columns: Mapping[str, str] | None = None) -> list[Dataset]:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from fedllm_helpers import ontology
 from fedllm_helpers.data import files, splitting
 from fedllm_helpers.data.columns import to_cards
+from fedllm_helpers.data.contents import SHEETS, SUFFIXES
 from fedllm_helpers.data.files import Table
 
 logger = logging.getLogger(__name__)
@@ -92,14 +93,16 @@ def load_parts(
 def _apart(name: str, train: Dataset, test: Dataset) -> Dataset:
     """Training cards whose question is in no test card."""
     asked = [splitting.questions(part.to_pandas()) for part in (train, test)]
-    both = asked[0].isin(set(asked[1])).to_numpy()
-    if both.all():
+    known = asked[0].isin(set(asked[1])).to_numpy()
+    both = np.flatnonzero(known).tolist()
+    if len(both) == len(train):
         raise ValueError(f"{name}: every training question stands in the test part, too")
-    if both.any():
-        ids = ", ".join(np.asarray(train["card_id"])[both][:5])
-        logger.warning("%s: left out %d of %d training cards whose question stands in the test part, too (%s%s)",
-                       name, both.sum(), len(both), ids, ", …" * (both.sum() > 5))  # fmt: skip
-    return train.select(np.flatnonzero(~both)) if both.any() else train
+    if both:
+        said = (
+            f"{name}: left out {len(both)} of {len(train)} training cards whose question stands in the test part, too"
+        )
+        logger.warning("%s (%s%s)", said, ", ".join(train.select(both[:5])["card_id"]), ", …" * (len(both) > 5))
+    return train.select(np.flatnonzero(~known)) if both else train
 
 
 def _tables(name: str) -> dict[str, Table]:
@@ -109,12 +112,7 @@ def _tables(name: str) -> dict[str, Table]:
     if name and os.path.isdir(path):
         return _folder(path)
     spelt = re.match(r"[~./\\]|[A-Za-z]:[\\/]", name) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
-    if (
-        os.path.exists(path)
-        or spelt
-        or files.known_suffix(path)
-        or path.suffix.lower() in (*files.SHEETS, ".txt", ".pdf")
-    ):
+    if os.path.exists(path) or spelt or files.known_suffix(path) or path.suffix.lower() in (*SHEETS, ".txt", ".pdf"):
         return {"train": files.read(path)}
     from fedllm_helpers.data import hub  # its client takes a second to import
 
@@ -130,9 +128,7 @@ def _folder(path: Path) -> dict[str, Table]:
             pieces.setdefault(part[1], []).append(file)
     if "train" not in pieces:
         there = ", ".join(sorted(file.name for file in path.iterdir())[:10]) or "nothing"
-        raise FileNotFoundError(
-            f"no data file train.* ({', '.join(files.SUFFIXES)}) in the folder {path}; there is {there}"
-        )
+        raise FileNotFoundError(f"no data file train.* ({', '.join(SUFFIXES)}) in the folder {path}; there is {there}")
     return {part: _together(path, part, found) for part, found in pieces.items()}
 
 
