@@ -5,7 +5,6 @@ import logging
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
 
 from fedllm_helpers import data, ontology
 

@@ -1,4 +1,4 @@
-"""What a model reads: templates, chats as the tokenizer's own template writes them, and control tokens that stay text."""
+"""What a model reads: templates, chats as the tokenizer itself writes them, and control tokens that stay text."""
 
 import json
 
@@ -23,8 +23,8 @@ HOSTILE = {
 OWN = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    "{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content | trim + eos_token }}"
-    "{% endif %}{% endfor %}"
+    "{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content | trim }}"
+    "{{ eos_token }}{% endif %}{% endfor %}"
 )
 THINKING = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if loop.last and m.role == 'assistant' %}"

@@ -1,4 +1,4 @@
-"""Splits: nothing on both sides that gives a card away, the share that was asked for, and the default as it always was."""
+"""Splits: nothing on both sides that gives a card away, the share that was asked for, the default as it was."""
 
 import hashlib
 import json
