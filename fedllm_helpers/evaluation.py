@@ -136,7 +136,7 @@ def generate(
     prompt: str = "short",
     max_new_tokens: int = 40,
 ) -> list[str]:
-    """Greedy answers to questions or cards, each up to an end token of the tokenizer or of the model, or ``max_new_tokens``.
+    """Greedy answers to questions or cards, each up to an end token of tokenizer or model, or ``max_new_tokens``.
 
     Raises:
         ValueError: no list of questions, no room for an answer, or a prompt beyond the model's positions.

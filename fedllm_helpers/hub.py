@@ -10,19 +10,12 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineMod
 from huggingface_hub.file_download import repo_folder_name
 
 SECONDS = 3.0
-INSTEAD = {
-    "model": "set model.name to 'smollm2-135m' or to a local folder",
-    "dataset": "set dataset.name to 'hpo' or to a local .json, .jsonl or .csv file",
-}
+INSTEAD = "set model.name to 'smollm2-135m' or to a local folder"
 
 
 @lru_cache(maxsize=64)
-def check(kind: str, name: str) -> bool:
-    """Whether the hub has a model or a data set of that name; asked once in a process.
-
-    Args:
-        kind: ``model`` or ``dataset``.
-        name: such as ``EleutherAI/pythia-70m``.
+def check(name: str) -> bool:
+    """Whether the hub has a model of that name, such as ``EleutherAI/pythia-70m``; asked once in a process.
 
     Returns:
         True; False where the hub does not give it now, but a copy lies in this machine's cache: read that.
@@ -31,22 +24,25 @@ def check(kind: str, name: str) -> bool:
         ValueError: no hub id.
         ConnectionError: the hub knows no such name or keeps it private, or cannot be reached; and there is no copy.
     """
-    error = _ask(kind, name)
+    error = ask("model", name)
     if isinstance(error, HFValidationError):
-        raise ValueError(f"{kind} {name!r}: neither a path that exists nor a hub id such as 'owner/name'")
+        raise ValueError(f"model {name!r}: {reason(error)}, and no folder here has that name")
     if error is None:
         return True
-    kept = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "snapshots"
+    kept = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots"
     if kept.is_dir() and any(kept.iterdir()):
         return False
-    raise ConnectionError(f"{kind} {name!r}: {_reason(error)}, and there is no copy here: {INSTEAD[kind]}") from None
+    raise ConnectionError(f"model {name!r}: {reason(error)}, and there is no copy here: {INSTEAD}") from None
 
 
-def _ask(kind: str, name: str) -> Exception | None:
-    """What came of asking; in a thread, because nothing else bounds the time that a name server may take."""
+def ask(kind: str, name: str) -> Exception | None:
+    """What came of asking for a ``model`` or ``dataset``; None where it is there.
+
+    In a thread, because nothing else bounds the time that a name server may take.
+    """
     found: list[Exception | None] = []
 
-    def ask() -> None:
+    def try_it() -> None:
         """Ask, and keep what came of it."""
         try:
             (HfApi().model_info if kind == "model" else HfApi().dataset_info)(name, timeout=SECONDS)
@@ -54,17 +50,20 @@ def _ask(kind: str, name: str) -> Exception | None:
         except Exception as error:  # the client's own, its transport's, the system's
             found.append(error)
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=try_it, daemon=True)
     thread.start()
     thread.join(SECONDS + 1)
     return found[0] if found else TimeoutError(f"no answer within {SECONDS + 1:.0f} s")
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Why the hub did not give it, in words."""
     if isinstance(error, GatedRepoError):
         return "its owner asks for consent first (give it on the hub's page, then `hf auth login`)"
     if isinstance(error, RepositoryNotFoundError):
         return "the hub has none of that name, or keeps it private (check the name; `hf auth login`)"
+    if isinstance(error, HFValidationError):
+        return "it is no hub id such as 'owner/name'"
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     said = next(iter(str(error).splitlines()), "") or type(error).__name__
@@ -74,7 +73,7 @@ def _reason(error: Exception) -> str:
 def from_pretrained(kind: type, where: str, **options: Any) -> Any:
     """``kind.from_pretrained``, with one line for what cannot be read. Code that comes with a model is never run."""
     local = Path(where).is_dir()
-    if not local and not check("model", where):
+    if not local and not check(where):
         options["local_files_only"] = True
     try:
         return kind.from_pretrained(where, trust_remote_code=False, **options)
@@ -92,5 +91,5 @@ def from_pretrained(kind: type, where: str, **options: Any) -> Any:
             raise FileNotFoundError(f"model folder {where} is not whole: {reason[:300]}") from error
         raise ConnectionError(
             f"model {where!r} cannot be read from the hub ({reason[:300]}): check the name and the network, "
-            f"or {INSTEAD['model']}"
+            f"or {INSTEAD}"
         ) from error

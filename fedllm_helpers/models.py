@@ -226,7 +226,7 @@ def locate(name: str) -> str:
         return str(folder.resolve())
     if folder.is_absolute() or name.startswith((".", "~")):
         raise FileNotFoundError(f"no model folder at {name}")
-    hub.check("model", name)
+    hub.check(name)
     return name
 
 
