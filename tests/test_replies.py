@@ -241,7 +241,7 @@ def test_the_others_rounds_come_to_what_they_would_alone(strategy, caplog):
     statuses = [row[2] for row in told.clients if row[1] == 1]
     assert len(statuses) == len(KINDS) and all(map(is_one_line, statuses))
     figures = told.clients_frame()[list(tables.NUMBERS.values())]
-    assert not np.isinf(figures.to_numpy(float)).any() and (figures.max() < 1e7).all()
+    assert np.nanmax(figures.to_numpy(float)) < 1e4 and np.nanmin(figures.to_numpy(float)) >= 0
 
 
 @pytest.mark.parametrize("rule", ["FedIT", *rules.BY_PRODUCT])

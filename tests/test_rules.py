@@ -20,6 +20,7 @@ from fedllm_helpers import (
     editing,
     edits,
     factors,
+    masked_clients,
     models,
     rules,
     server_app,
@@ -372,8 +373,6 @@ def test_who_has_the_edits_is_told_by_who_answers_not_by_what_is_answered():
 
 @pytest.mark.parametrize("rule", ["FFA-LoRA", "RoLoRA", "FedSA-LoRA"])
 def test_masks_change_a_mean_by_their_rounding_alone(rule):
-    from fedllm_helpers import masked_clients
-
     answers = {"query.shares": masked_clients.shares, "query.reveal": masked_clients.reveal}
 
     def masked(message, context):
@@ -393,6 +392,47 @@ def test_noise_on_the_average_falls_on_what_was_sent_alone():
     adapter, _, _ = federate(plan("FFA-LoRA", *how, rounds=2))
     for key, value in drawn(1).items():
         assert np.allclose(adapter[key], value, rtol=1e-6) == (factors.A in key)
+
+
+def idle(message, context):
+    """A hospital whose training moves nothing: it sends back what it got."""
+    hospital, cfg = context.node_config["partition-id"], settings_of(context)
+    numbers = {"partition-id": hospital, "num-examples": 10 * (hospital + 1), "loss-before": 3.0}
+    content = RecordDict({"metrics": MetricRecord(numbers | {"num-partitions": 3})})
+    if message.metadata.message_type == "train":
+        got, number = rules.received(cfg, message, context), int(message.content["config"]["server-round"])
+        content["arrays"] = to_record(rules.up(cfg, got, number, hospital))
+    return Message(content, reply_to=message)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in ("FLoRA", "FlexLoRA")])
+@pytest.mark.parametrize("down", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("more", ["", "up=int4", "up=fp16", "keep=0.5", "clipped", "masked", "FedAdam", "Krum"])
+def test_where_nobody_trains_the_servers_adapter_keeps_its_bits_however_it_goes_down(rule, down, more):
+    """Not FLoRA, which sends no adapter down, and not FlexLoRA, which makes new factors of any product."""
+    how = {
+        "clipped": ["federation.privacy.client.noise_multiplier=0"],
+        "masked": ["federation.secure_aggregation.threshold=2"],
+    }.get(more, [f"federation.compression.{more}" if "=" in more else f"federation.strategy={more or 'FedAvg'}"])
+    refused = (
+        rule == "FedEx-LoRA" and how[0].split("=")[0] != "federation.compression.up" and "keep" not in more and more
+    )
+    if refused or (rule == "RoLoRA" and more == "FedAdam"):
+        return  # said in one line when the settings are read
+    cfg = plan(rule, f"federation.compression.down={down}", *how, rounds=2)
+    start = rules.begin(cfg, 1, step(first(), 7, 7))
+
+    def app(message, context):
+        kind, inner = message.metadata.message_type, idle
+        if more == "masked":
+            answers = {"query.shares": masked_clients.shares, "query.reveal": masked_clients.reveal}
+            inner = answers.get(kind) or (lambda m, c: masked_clients.client_mod(m, c, idle))
+        return compression.client_mod(message, context, inner)
+
+    with simulation.InProcessGrid(app, 3, {"config": OmegaConf.to_yaml(cfg)}) as grid:
+        adapter, tables = server_app.federate(grid, cfg, {key: value.copy() for key, value in start.items()})
+    assert tables.history_frame()["used"].tolist() == [3, 3]
+    assert all(np.array_equal(adapter[key], start[key]) for key in start)
 
 
 @pytest.mark.parametrize("rule", RULES)
