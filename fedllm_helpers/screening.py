@@ -67,7 +67,7 @@ class Reply:
 def screen(message: Message, hospital: int, size: int, expected: Expected) -> Reply:
     """Make a record of a reply, whatever it is; it never raises. Taught in notebook 03."""
     numbers, why = looked_at(message, lambda content: read_numbers(content, expected.numbers, expected.required))
-    arrays, wrong = ({}, why) if why else looked_at(message, lambda content: _adapter(content, expected))
+    arrays, wrong = ({}, why) if why else looked_at(message, lambda content: read_adapter(content, expected))
     trace = message.error.reason or "" if message.has_error() else ""
     lines = "\n".join(map(printable, trace.splitlines()[-LINES:]))
     nothing = dict.fromkeys(expected.numbers, math.nan)
@@ -127,6 +127,28 @@ def read_arrays(content: RecordDict, shapes: Shapes) -> Arrays:
     return {key: _read(key, given[key], *expected) for key, expected in shapes.items()}
 
 
+def read_adapter(content: RecordDict, expected: Expected) -> Arrays:
+    """The adapter of a reply: as it stands there, or from its update; {} where none is expected. In notebook 03.
+
+    Raises:
+        ValueError: other arrays than expected, or values that are not finite or out of all proportion.
+    """
+    if not expected.arrays:
+        return {}
+    try:
+        arrays = read_arrays(content, expected.arrays)
+        arrays = expected.restore(arrays) if expected.restore else arrays
+    except ValueError as error:
+        raise ValueError(f"its update cannot be decoded: {error}" if expected.restore else str(error)) from None
+    for key, value in arrays.items():
+        if not np.isfinite(value).all():
+            raise ValueError(f"{key!r} holds values that are not finite")
+        largest = max(value.max(initial=0), -float(value.min(initial=0)))
+        if largest > LARGEST:
+            raise ValueError(f"{key!r} holds a value of {largest:.3g}; allowed are up to {LARGEST:.0e}")
+    return arrays
+
+
 def read_parts(content: RecordDict, record: str, names: Sequence[str], size: int) -> dict[str, bytes]:
     """The bytes of a config record by name, each of one size.
 
@@ -170,23 +192,6 @@ def printable(text: object, most: int = WORDS) -> str:
     shown = str(text)
     line = " ".join("".join(c if c.isprintable() else " " for c in shown[: 4 * most]).split())
     return line if len(line) <= most and len(shown) <= 4 * most else f"{line[: most - 1]}…"
-
-
-def _adapter(content: RecordDict, expected: Expected) -> Arrays:
-    if not expected.arrays:
-        return {}
-    try:
-        arrays = read_arrays(content, expected.arrays)
-        arrays = expected.restore(arrays) if expected.restore else arrays
-    except ValueError as error:
-        raise ValueError(f"its update cannot be decoded: {error}" if expected.restore else str(error)) from None
-    for key, value in arrays.items():
-        if not np.isfinite(value).all():
-            raise ValueError(f"{key!r} holds values that are not finite")
-        largest = max(value.max(initial=0), -float(value.min(initial=0)))
-        if largest > LARGEST:
-            raise ValueError(f"{key!r} holds a value of {largest:.3g}; allowed are up to {LARGEST:.0e}")
-    return arrays
 
 
 def _read(key: str, array: Array, dtype: np.dtype, shape: tuple[int | None, ...]) -> np.ndarray:

@@ -282,9 +282,10 @@ def test_a_hospital_that_is_killed_in_training_is_missed_and_comes_back(running,
 def test_nodes_that_disagree_or_have_no_cards_stop_a_run_in_one_line(running, cfg, tmp_path):
     (running.folder / "hospital-1" / "data").rename(tmp_path / "away")
     try:
-        number = deployed_runs.submit(running, config.load(cfg, "federation.num_rounds=1"), "incomplete")
-        said = []
-        deployed_runs.follow(running, number, said.append)
+        small = config.load(cfg, "federation.num_rounds=1", "federation.timeout=15")
+        number, said = deployed_runs.submit(running, small, "incomplete"), []
+        with pytest.raises(RuntimeError, match="the run ended as finished:failed"):
+            deployed_runs.follow(running, number, said.append)
         assert any("data folder cannot be read" in line for line in said)
         assert not any(str(tmp_path) in line or "hospital-1/data" in line for line in said), "no path is sent"
         assert "hospital-1/data" in log(running, "hospital-1"), "but it stands in the node's own log"
