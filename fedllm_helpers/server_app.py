@@ -151,10 +151,9 @@ def federate(
     elif evaluate:
         tables.history.append({"round": 0, "nll": evaluate(adapter)})
     with bar(plan[done:], progress == "bar") as shown:
-        run = Federation(grid, cfg, strategy, tables, base, shown)
         for step in plan[done:]:
             names, answers, start = hospitals(grid, cfg, seats, answers), None, time.perf_counter()
-            adapter, row = run_round(run, step, adapter, names)
+            adapter, row = run_round(Federation(grid, cfg, strategy, tables, base, shown), step, adapter, names)
             if evaluate and (step.number == len(plan) or step.number % cfg.federation.evaluate_every == 0):
                 row["nll"] = evaluate(adapter)
             tables.history.append({**row, "seconds": time.perf_counter() - start})
