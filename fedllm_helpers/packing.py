@@ -11,6 +11,8 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
+from fedllm_helpers.screening import read_arrays
+
 PACKED = "packed"  # the record of one array whose bytes are all the others, as Flower serialises them
 
 
@@ -36,7 +38,8 @@ def unpacked(messages: Iterable[Message]) -> Iterator[Message]:
     for message in messages:
         if not message.has_error() and PACKED in message.content.array_records:
             try:
-                whole = message.content[PACKED]["all"].numpy().tobytes()
+                one = RecordDict({PACKED: message.content[PACKED]})
+                whole = read_arrays(one, {"all": (np.dtype(np.uint8), (None,))})["all"].tobytes()
                 records = recorddict_from_proto(RecordDictProto.FromString(whole)).array_records
             except Exception:  # bytes that another machine made: protobuf and numpy raise a dozen types
                 yield message

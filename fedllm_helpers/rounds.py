@@ -215,7 +215,8 @@ def _say_what_is_missing(turn: _Turn, row: dict[str, Any], away: list[int], why:
         said = f"round {number}: {why}" if idle else said
         if not before.get("used") and not (idle and "used" not in before):
             error = RuntimeError(said)
-            error.add_note(first.trace if first else "")
+            if first and first.trace:
+                error.add_note(first.trace)
             raise error
         logger.warning("%s; the adapter stays as it was, and another such round ends the run", said)
     elif used < cfg.federation.min_replies:

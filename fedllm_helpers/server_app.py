@@ -138,8 +138,8 @@ def federate(
 
     Raises:
         TimeoutError: fewer than ``federation.num_clients`` hospitals connect.
-        RuntimeError: no hospital sent a usable adapter, in the first round or in two running; with the first one's
-            traceback.
+        RuntimeError: no hospital sent a usable adapter, in the first round or in two running, or the strategy made
+            nothing of them in two; the end of the first one's traceback is its note.
         ValueError: the folder holds a run with other settings, or ``federation.min_replies`` is more than are asked.
     """
     strategy, plan, base = aggregation.make_strategy(cfg), training.rounds(cfg), Base() if base is None else base
