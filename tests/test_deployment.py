@@ -282,7 +282,7 @@ def test_a_hospital_that_is_killed_in_training_is_missed_and_comes_back(running,
 def test_nodes_that_disagree_or_have_no_cards_stop_a_run_in_one_line(running, cfg, tmp_path):
     (running.folder / "hospital-1" / "data").rename(tmp_path / "away")
     try:
-        small = config.load(cfg, "federation.num_rounds=1", "federation.timeout=15")
+        small = config.load(cfg, "federation.num_rounds=1", "federation.timeout=60")
         number, said = deployed_runs.submit(running, small, "incomplete"), []
         with pytest.raises(RuntimeError, match="the run ended as finished:failed"):
             deployed_runs.follow(running, number, said.append)
