@@ -2,15 +2,19 @@
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import sys
+import threading
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -19,11 +23,12 @@ from datasets import Dataset
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from fedllm_helpers import client_app, config, data, models, multiple_choice, privacy, simulation, training
+from fedllm_helpers import client_app, config, data, folders, models, multiple_choice, privacy, simulation, training
 from fedllm_helpers.evaluation import AnswerScores, score_answers
 from fedllm_helpers.messages import base_model, first_adapter
-from fedllm_helpers.provenance import provenance
+from fedllm_helpers.provenance import fingerprint, provenance
 
+logger = logging.getLogger(__name__)
 KEPT = Path("build") / "experiments"
 
 
@@ -103,35 +108,47 @@ def score_arm(cfg: DictConfig, arm: str, rate: float, choices: bool = False) -> 
         questions = multiple_choice.from_cards(test, pool=test, seed=cfg.seed)
         right = multiple_choice.choose(model, tokenizer, questions, prompt=cfg.dataset.prompt)
     numbers = {"bytes_up": history["bytes_up"].sum(), "bytes_down": history["bytes_down"].sum(), "seconds": seconds}
-    path = _path(cfg, arm, rate, choices)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}.part.npz")
-    np.savez(beside, nll=scores.nll, tokens=scores.tokens, right=right, **numbers)
-    beside.replace(path)
+    keep(_path(cfg, arm, rate, choices), nll=scores.nll, tokens=scores.tokens, right=right, **numbers)
     return finished(cfg, arm, rate, choices)
 
 
 def finished(cfg: DictConfig, arm: str, rate: float, choices: bool = False) -> Result | None:
     """The result that an earlier :func:`score_arm` left, with the same cards and versions; None where there is none."""
-    path = _path(cfg, arm, rate, choices)
+    found = kept(_path(cfg, arm, rate, choices))
+    if found is None:
+        return None
+    numbers = (int(found["bytes_up"]), int(found["bytes_down"]), float(found["seconds"]))
+    return Result(AnswerScores(found["nll"], found["tokens"]), found["right"], *numbers)
+
+
+def keep(path: Path, **arrays: Any) -> None:
+    """Write arrays as an ``.npz`` file, whole or not at all."""
+    with folders.replaced(path.parent, path.name) as scratch:
+        np.savez(scratch / path.name, **arrays)
+
+
+def kept(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of such a file; None where there is none, or a damaged one, which is named and set aside.
+
+    Raises:
+        OSError: it may not be read.
+    """
     if not path.is_file():
         return None
-    kept = np.load(path, allow_pickle=False)
-    numbers = (int(kept["bytes_up"]), int(kept["bytes_down"]), float(kept["seconds"]))
-    return Result(AnswerScores(kept["nll"], kept["tokens"]), kept["right"], *numbers)
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            return dict(found)
+    except (BadZipFile, zlib.error, ValueError, EOFError, KeyError) as error:
+        logger.warning("%s is damaged (%s) and is made anew", path, error)
+        folders.aside(path)
+        return None
 
 
 def tuning_config(cfg: DictConfig, folder: Path) -> DictConfig:
     """The same federation on its training cards alone, a tenth of them held out: no test card is in it."""
     path = folder / "training_cards.json"
-    path.write_text(json.dumps(data.load(cfg)[0].to_list()), encoding="utf-8")
-    whole = [
-        "dataset.test=null",
-        "dataset.columns=null",
-        "dataset.specialties=null",
-        "dataset.max_cards_per_specialty=null",
-        "train.evaluate_split=0.1",
-    ]
+    folders.write(path, json.dumps(data.load(cfg)[0].to_list()))
+    whole = [*data.WHOLE_FILE, "train.evaluate_split=0.1"]
     return config.load(cfg, f"dataset.name={path}", *whole)
 
 
@@ -147,13 +164,24 @@ def run_all(workers: ProcessPoolExecutor, jobs: dict, description: str) -> Itera
 
 
 def pool(processes: int) -> ProcessPoolExecutor:
-    """Processes of one thread each."""
+    """Processes of one thread each, which end with the one that started them, however it ends."""
+    folders.clear(KEPT), folders.clear(KEPT, folders.LEFT_BY_GRIDS)  # of grids that were killed
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,))
+    return ProcessPoolExecutor(processes, context, initializer=_begin)
+
+
+def _begin() -> None:
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(parent: multiprocessing.Process) -> None:
+    parent.join()  # a killed parent cannot tell its workers, which would wait for work for ever
+    os._exit(1)
 
 
 def key_of(cfg: DictConfig, *parts: Any) -> str:
-    """A name for a result with these settings, these parts and these versions of packages, and on a GPU with its name.
+    """A name for a result with these settings, parts, versions of packages and this model, and on a GPU with its name.
 
     Sections that are switched off are left out of it, so that results from before such a section existed count.
     """
@@ -165,6 +193,7 @@ def key_of(cfg: DictConfig, *parts: Any) -> str:
         del settings["federation"]["privacy"], settings["federation"]["secure_aggregation"]
     origin = provenance(cfg)
     other = [] if origin["machine"]["device"] == "cpu" else [origin["machine"]["device"], origin["machine"]["dtype"]]
+    other.append(fingerprint(cfg, cards=False)["model"])
     text = json.dumps([OmegaConf.to_yaml(OmegaConf.create(settings)), *parts, origin["versions"], *other])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from omegaconf import DictConfig
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from fedllm_helpers import accounting, attacks, config, data, evaluation, models
-from fedllm_helpers.arms import KEPT, key_of, pool, run_all, train_arm
+from fedllm_helpers import accounting, attacks, config, data, evaluation, folders, models
+from fedllm_helpers.arms import KEPT, keep, kept, key_of, pool, run_all, train_arm
 from fedllm_helpers.messages import base_model
-from fedllm_helpers.provenance import provenance
+from fedllm_helpers.provenance import fingerprint, provenance
 
 # Four hospitals of 60 cards each, and as many held out; a smaller rank, because noise grows with every value.
 SETTINGS = [
@@ -89,17 +88,8 @@ def stage(
     members, others = data.load(cfg)
     planted = attacks.canaries(copies, each=each, seed=cfg.seed)
     path = Path(folder) / f"planted-{key_of(cfg, list(copies), each, victim)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}.part")
-    beside.write_text(json.dumps(attacks.plant(members, planted, victim, cfg.seed).to_list()), encoding="utf-8")
-    beside.replace(path)
-    whole = [
-        "dataset.test=null",
-        "dataset.columns=null",
-        "dataset.specialties=null",
-        "dataset.max_cards_per_specialty=null",
-        "train.evaluate_split=false",
-    ]
+    folders.write(path, json.dumps(attacks.plant(members, planted, victim, cfg.seed).to_list()))
+    whole = [*data.WHOLE_FILE, "train.evaluate_split=false"]
     return config.load(cfg, f"dataset.name={path}", *whole), members, others, planted
 
 
@@ -152,17 +142,15 @@ def audit_arm(cfg: DictConfig, arm: str, rate: float, each: int, folder: Path = 
     """Train an arm on planted cards and attack it; what an earlier call found is read back."""
     staged, members, others, planted = stage(cfg, folder, each=each)
     path = Path(folder) / f"audit-{key_of(cfg, arm, rate, each)}.npz"
-    if not path.is_file():
+    if (found := kept(path)) is None:
         start = time.perf_counter()
         adapter, (model, tokenizer) = train_arm(staged, arm, rate)[0], base_model(staged)
         seconds = time.perf_counter() - start
         models.set_adapter(model, adapter)
-        beside = path.with_suffix(f".{os.getpid()}.part.npz")
         how = {"prompt": cfg.dataset.prompt, "seq_length": cfg.train.seq_length, "seconds": seconds}
-        np.savez(beside, **vars(audit(model, tokenizer, members, others, planted, **how)))
-        beside.replace(path)
-    kept = np.load(path, allow_pickle=False)
-    return Audit(**{name: kept[name] for name in Audit.__dataclass_fields__})
+        keep(path, **vars(audit(model, tokenizer, members, others, planted, **how)))
+        found = kept(path)
+    return Audit(**found)
 
 
 def privacy_grid(seeds: list[int], folder: Path, processes: int, each: int = 3) -> None:
@@ -181,21 +169,21 @@ def privacy_grid(seeds: list[int], folder: Path, processes: int, each: int = 3) 
         jobs[seed, name] = partial(audit_arm, seeded, arm, rate, each)
     with pool(processes) as workers:
         found = dict(run_all(workers, jobs, "audits"))
-    folder.mkdir(parents=True, exist_ok=True)
     of_seed = {seed: {name: found[seed, name] for name in PRIVACY} for seed in seeds}
     cards = [_card_rows(config.load(cfg, f"seed={seed}"), some) for seed, some in of_seed.items()]
-    pd.concat(cards).to_csv(folder / "privacy_cards.csv", index=False)
+    folders.write(folder / "privacy_cards.csv", pd.concat(cards).to_csv(index=False))
     leaks = [_canary_rows(seed, each, some) for seed, some in of_seed.items()]
-    pd.concat(leaks).to_csv(folder / "privacy_canaries.csv", index=False)
+    folders.write(folder / "privacy_canaries.csv", pd.concat(leaks).to_csv(index=False))
     names = ("trained", "learning_rate", "settings")
     more = {
         "seeds": seeds,
         "arms": {name: dict(zip(names, arm, strict=True)) for name, arm in PRIVACY.items()},
         "training_seconds": {n: round(float(np.mean([found[seed, n].seconds for seed in seeds]))) for n in PRIVACY},
         "guarantees": _guarantees(cfg, each),
+        "fingerprint": fingerprint(cfg, seeds=seeds),
     }
     text = json.dumps(provenance(cfg, **more), indent=1, ensure_ascii=False)
-    (folder / "privacy.json").write_text(text + "\n", encoding="utf-8")
+    folders.write(folder / "privacy.json", text + "\n")
 
 
 def _card_rows(cfg: DictConfig, found: dict[str, Audit]) -> pd.DataFrame:

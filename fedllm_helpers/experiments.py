@@ -23,12 +23,12 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import DictConfig
 
-from fedllm_helpers import config, data
+from fedllm_helpers import config, data, folders
 from fedllm_helpers.arms import KEPT, finished, pool, run_all, score_arm, tuning_config
 from fedllm_helpers.audits import privacy_grid
 from fedllm_helpers.lab import lab_grid
-from fedllm_helpers.provenance import provenance
-from fedllm_helpers.results import publish, write
+from fedllm_helpers.provenance import fingerprint, provenance
+from fedllm_helpers.results import publish, same_origin, write
 from fedllm_helpers.views import views_grid
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
@@ -77,7 +77,6 @@ def tune(cfg: DictConfig, workers: ProcessPoolExecutor, path: Path) -> dict[str,
     """The best of :data:`RATES` for each kind of arm, by held-out training cards of one seed."""
     kinds = ["federated/specialty", "same work/pooled", "same examples/pooled"]
     kinds += ["same work/one hospital/0", "same work/one hospital/3"]  # for all six
-    KEPT.mkdir(parents=True, exist_ok=True)
     tuning, tried = tuning_config(cfg, KEPT), [*itertools.product(kinds, RATES), *itertools.product(FEW, FEW_RATES)]
     jobs = {(arm, rate): partial(score_arm, tuning, arm, rate) for arm, rate in tried}
     rows = [
@@ -90,7 +89,7 @@ def tune(cfg: DictConfig, workers: ProcessPoolExecutor, path: Path) -> dict[str,
         for (arm, rate), result in run_all(workers, jobs, "tuning")
     ]
     table = pd.DataFrame(rows).groupby(["arm", "learning_rate"], as_index=False).mean()
-    table.round(4).to_csv(path, index=False)
+    folders.write(path, table.round(4).to_csv(index=False))
     best = table.loc[table.groupby("arm")["nll"].idxmin()].set_index("arm")["learning_rate"].to_dict()
     for arm, rate in best.items():
         if rate in (min(FEW_RATES if f"{arm}/0" in FEW or arm in FEW else RATES), max(RATES)):
@@ -116,9 +115,10 @@ def federated(seeds: list[int], folder: Path, processes: int) -> None:
         test = data.load(settings)[1].select_columns(["card_id", "specialty"]).to_pandas()
         table = test.assign(seed=seed, tokens=results[seed, "untuned"].scores.tokens)
         tables.append(table.assign(**{arm: results[seed, arm].scores.nll.round(3) for arm in arms()}))
-    pd.concat(tables).to_csv(cards_path, index=False)
-    origin = provenance(cfg, seeds=seeds, seconds=round(time.perf_counter() - start), learning_rates=rates)
-    (folder / "federated.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+    folders.write(cards_path, pd.concat(tables).to_csv(index=False))
+    more = {"seeds": seeds, "seconds": round(time.perf_counter() - start), "learning_rates": rates}
+    origin = provenance(cfg, **more, fingerprint=fingerprint(cfg, seeds=seeds))
+    folders.write(folder / "federated.json", json.dumps(origin, indent=1) + "\n")
 
 
 def analysis(seeds: list[int], folder: Path, processes: int, names: list[str], quick: bool = False) -> None:
@@ -134,6 +134,7 @@ def analysis(seeds: list[int], folder: Path, processes: int, names: list[str], q
         quick: few cards and rounds; the tables stay in ``build/experiments``.
     """
     start, chosen = time.perf_counter(), json.loads((folder / "federated.json").read_text(encoding="utf-8"))
+    same_origin(folder / "federated.json", chosen)
     cfg, rates = config.load("cpu", "federation.threads=1", *(SMALL if quick else [])), chosen["learning_rates"]
     rates["federated/dirichlet"] = rates[SPECIALTY]
     jobs, done, used, order = {}, {}, {}, list(itertools.product(ANALYSIS, seeds))

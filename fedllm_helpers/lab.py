@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -13,11 +12,11 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig
 
-from fedllm_helpers import client_app, config, data, editing, models, poisoning, simulation
-from fedllm_helpers.arms import KEPT, key_of, pool, run_all, tuning_config
+from fedllm_helpers import client_app, config, data, editing, folders, models, poisoning, simulation
+from fedllm_helpers.arms import KEPT, keep, kept, key_of, pool, run_all, tuning_config
 from fedllm_helpers.evaluation import AnswerScores, score_answers
 from fedllm_helpers.messages import base_model
-from fedllm_helpers.provenance import provenance
+from fedllm_helpers.provenance import fingerprint, provenance
 from fedllm_helpers.schema import RULES
 
 # The federation of notebook 03 with half of its steps; everything of it is scored at the end.
@@ -44,19 +43,16 @@ def run_arm(cfg: DictConfig, rate: float, poison: str = "", folder: Path = KEPT)
         that has its specialty); ``up`` and ``down`` bytes in all, by hospital; ``seconds`` of training.
     """
     path = folder / f"lab-{key_of(cfg, rate, poison, [part.to_list() for part in data.load(cfg)])}.npz"
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+    found = kept(path)
+    if found is None:
         rates = [f"train.learning_rate_max={rate}", f"train.learning_rate_min={rate / 10}"]
         client, start = poisoning.client({POISONER}, poison) if poison else client_app.app, time.perf_counter()
         record = simulation.run(config.load(cfg, *rates), progress=False, client=client)
         seconds, scores = time.perf_counter() - start, score(cfg, record)
         sent = record.clients.groupby("client")[["bytes_up", "bytes_down"]].sum()
         found = {"nll": scores.nll, "tokens": scores.tokens, "up": sent["bytes_up"], "down": sent["bytes_down"]}
-        beside = path.with_suffix(f".{os.getpid()}.part.npz")
-        np.savez(beside, **found, seconds=seconds)
-        beside.replace(path)
-    with np.load(path, allow_pickle=False) as kept:
-        return dict(kept)
+        keep(path, **found, seconds=seconds)
+    return kept(path)
 
 
 def score(cfg: DictConfig, record: simulation.FederatedRecord) -> AnswerScores:
@@ -90,7 +86,7 @@ def tune(cfg: DictConfig, workers: ProcessPoolExecutor, path: Path) -> dict[str,
         for (rule, rate), found in run_all(workers, jobs, "rates")
     ]
     table = pd.DataFrame(rows).sort_values(["rule", "learning_rate"])
-    table.round(4).to_csv(path, index=False)
+    folders.write(path, table.round(4).to_csv(index=False))
     return table.loc[table.groupby("rule")["nll"].idxmin()].set_index("rule")["learning_rate"].to_dict()
 
 
@@ -104,8 +100,6 @@ def lab_grid(seeds: list[int], folder: Path, processes: int) -> None:
         processes: that train at the same time.
     """
     cfg, start = config.load("cpu", "federation.threads=1", *SETTINGS), time.perf_counter()
-    KEPT.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
     with pool(processes) as workers:
         rates = tune(cfg, workers, folder / "aggregation_rates.csv")
         jobs = {
@@ -114,18 +108,19 @@ def lab_grid(seeds: list[int], folder: Path, processes: int) -> None:
         }
         found = dict(run_all(workers, jobs, "arms"))
     cards = [_card_rows(config.load(cfg, f"seed={seed}"), {name: found[seed, name] for name in LAB}) for seed in seeds]
-    pd.concat(cards).to_csv(folder / "aggregation_cards.csv", index=False)
+    folders.write(folder / "aggregation_cards.csv", pd.concat(cards).to_csv(index=False))
     rows = [
         (name, seed, hospital, int(up), int(down))
         for name, seed in itertools.product(LAB, seeds)
         for hospital, (up, down) in enumerate(zip(found[seed, name]["up"], found[seed, name]["down"], strict=True))
     ]
     table = pd.DataFrame(rows, columns=["arm", "seed", "hospital", "bytes_up", "bytes_down"])
-    table.to_csv(folder / "aggregation_bytes.csv", index=False)
+    folders.write(folder / "aggregation_bytes.csv", table.to_csv(index=False))
     more: dict[str, Any] = {"seeds": seeds, "seconds": round(time.perf_counter() - start), "learning_rates": rates}
     names = ("settings", "rate_of", "poison")
     more["arms"] = {name: dict(zip(names, arm, strict=True)) for name, arm in LAB.items()}
-    (folder / "aggregation.json").write_text(json.dumps(provenance(cfg, **more), indent=1) + "\n", encoding="utf-8")
+    more["fingerprint"] = fingerprint(cfg, seeds=seeds)
+    folders.write(folder / "aggregation.json", json.dumps(provenance(cfg, **more), indent=1) + "\n")
 
 
 def _card_rows(cfg: DictConfig, found: dict[str, dict[str, np.ndarray]]) -> pd.DataFrame:

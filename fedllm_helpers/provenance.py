@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Iterable
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -52,7 +53,7 @@ def provenance(cfg: DictConfig, **more: Any) -> dict[str, Any]:
     }
 
 
-def fingerprint(cfg: DictConfig, cards: bool = True) -> dict[str, str]:
+def fingerprint(cfg: DictConfig, cards: bool = True, seeds: Iterable[int] = ()) -> dict[str, str]:
     """What tells cards and base model from others: a checksum of each, "" where there is none to be had.
 
     Of a model's folder, or what the hub's client keeps of it, the settings and tokenizer count, and of each file of
@@ -61,10 +62,12 @@ def fingerprint(cfg: DictConfig, cards: bool = True) -> dict[str, str]:
     Args:
         cfg: whose cards and model; a model is not fetched for it.
         cards: whether to read the cards for it.
+        seeds: of a grid, by which they are drawn and split; ``cfg`` has its own.
     """
     found = hashlib.sha256()
-    for part in data.load(cfg) if cards else ():
-        found.update(json.dumps(part.to_list()).encode())
+    for seed in (seeds or [cfg.seed]) if cards else ():
+        for part in data.load(OmegaConf.merge(cfg, {"seed": seed})):
+            found.update(json.dumps(part.to_list()).encode())
     own = embedded.cache_folder() / embedded.NAME
     folder = own if cfg.model.name == embedded.NAME else Path(cfg.model.name).expanduser()
     if not folder.is_dir():

@@ -2,17 +2,17 @@
 
 import json
 import logging
-import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from fedllm_helpers import config, data
+from fedllm_helpers import config, data, folders
 from fedllm_helpers.arms import Result
-from fedllm_helpers.provenance import provenance
+from fedllm_helpers.provenance import fingerprint, provenance
 
 logger = logging.getLogger(__name__)
 RESULTS = ["arm", "seed", "learning_rate", "nll", "cards", "choice", "bytes_up", "bytes_down", "seconds"]
@@ -56,9 +56,10 @@ def write(stem: Path, cfg: DictConfig, keys: list, done: dict[tuple, Result], ra
         test = test.assign(**{name: result.scores.nll.round(3) for name, result in of_seed.items()})
         asked = {f"right: {name}": result.right.astype(int) for name, result in of_seed.items() if len(result.right)}
         cards.append(test.assign(**asked))
-    _put(stem.with_suffix(".csv"), pd.DataFrame(rows, columns=RESULTS).to_csv(index=False))
-    _put(stem.with_name(f"{stem.name}_cards.csv"), pd.concat(cards).to_csv(index=False))
-    _put(stem.with_suffix(".json"), json.dumps(provenance(cfg, **more), indent=1) + "\n")
+    folders.write(stem.with_suffix(".csv"), pd.DataFrame(rows, columns=RESULTS).to_csv(index=False))
+    folders.write(stem.with_name(f"{stem.name}_cards.csv"), pd.concat(cards).to_csv(index=False))
+    origin = provenance(cfg, **more, fingerprint=fingerprint(cfg, seeds=more.get("seeds", ())))
+    folders.write(stem.with_suffix(".json"), json.dumps(origin, indent=1) + "\n")
 
 
 def publish(stem: Path, target: Path) -> None:
@@ -70,15 +71,24 @@ def publish(stem: Path, target: Path) -> None:
     if keys[1] - keys[0]:
         print(f"{target}.csv has {len(keys[1] - keys[0])} rows more and stays; the new tables are {stem}*")
         return
-    for ending in (".csv", "_cards.csv", ".json"):
-        _put(target.with_name(target.name + ending), stem.with_name(stem.name + ending).read_text(encoding="utf-8"))
+    endings = ("_cards.csv", ".json", ".csv")
+    with folders.replaced(target.parent, *(target.name + ending for ending in endings)) as scratch:
+        for ending in endings:
+            shutil.copy(stem.with_name(stem.name + ending), scratch / (target.name + ending))
 
 
-def _put(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+def same_origin(path: Path, origin: dict[str, Any]) -> None:
+    """See that cards and model are those of a stored grid; one that has no fingerprint, or a model not here, passes.
+
+    Raises:
+        ValueError: what changed, in one line.
+    """
+    known = origin.get("fingerprint")
+    if known:
+        here = fingerprint(config.load(OmegaConf.create(origin["config"])), seeds=origin.get("seeds", ()))
+        changed = [name for name, text in known.items() if text and here[name] and here[name] != text]
+        if changed:
+            raise ValueError(f"{path}: the {' and the '.join(changed)} changed since it was made: make it again")
 
 
 def read(path: Path, columns: Iterable[str] = RESULTS) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -90,13 +100,14 @@ def read(path: Path, columns: Iterable[str] = RESULTS) -> tuple[pd.DataFrame, di
 
     Raises:
         FileNotFoundError: there is no such table, or no provenance.
-        ValueError: a column is missing, or a value is.
+        ValueError: a column is missing, or a value is; or cards or model are others than it was made with.
     """
     beside = path.with_name(path.stem.removesuffix("_cards") + ".json")
     for file in (path, beside):
         if not file.is_file():
             raise FileNotFoundError(f"no results at {file}: make them with python -m fedllm_helpers.experiments")
     table, origin = pd.read_csv(path), json.loads(beside.read_text(encoding="utf-8"))
+    same_origin(path, origin)
     missing = [name for name in columns if name not in table.columns]
     if missing:
         raise ValueError(f"{path} has no column {missing[0]!r}: make it again with this version of the package")

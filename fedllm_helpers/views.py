@@ -1,8 +1,9 @@
 """What one update of the first round gives away, as the server sees it: open, behind masks, or under DP-SGD."""
 
+import contextlib
 import itertools
 import json
-import os
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,15 +14,16 @@ import pandas as pd
 from flwr.app import ConfigRecord, Message, RecordDict
 from omegaconf import DictConfig, OmegaConf
 
-from fedllm_helpers import attacks, client_app, config, models, simulation
+from fedllm_helpers import attacks, client_app, config, folders, models, simulation
 from fedllm_helpers import secure_aggregation as secure
 from fedllm_helpers.arms import KEPT, key_of, pool, run_all
 from fedllm_helpers.audits import COPIES, PRIVACY, SETTINGS, Audit, audit, stage
 from fedllm_helpers.messages import base_model, first_adapter, from_record, to_record
 from fedllm_helpers.models import Adapter
 from fedllm_helpers.nodes import reason
-from fedllm_helpers.provenance import provenance
+from fedllm_helpers.provenance import fingerprint, provenance
 
+logger = logging.getLogger(__name__)
 # what the server may get, and how it is trained; the masked view is the open one behind masks
 VIEWS = {"open": PRIVACY["federated"], "record ε = 8": PRIVACY["record ε = 8"]}
 
@@ -88,8 +90,11 @@ def attack_hospital(cfg: DictConfig, hospital: int, each: int, folder: Path = KE
     Only the canaries with most copies are asked for; where they are another hospital's, their exposure is a control.
     """
     path = Path(folder) / f"views-{key_of(cfg, hospital, each, VIEWS)}.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            logger.warning("%s is damaged (%s) and is made anew", path, error)
     staged, members, others, planted = stage(cfg, folder, each=each)
     own = [client_app.own_cards(staged, other)[0] for other in range(cfg.federation.num_clients)]
     truth, start, (model, tokenizer) = own[hospital]["specialty"][0], first_adapter(staged), base_model(staged)
@@ -107,9 +112,7 @@ def attack_hospital(cfg: DictConfig, hospital: int, each: int, folder: Path = KE
         models.set_adapter(model, {key: start[key] + update[key] for key in start})
         found = read(before, look(often), others["specialty"], truth)
         rows.append({"seed": cfg.seed, "hospital": hospital, "view": view, **found})
-    beside = path.with_suffix(f".{os.getpid()}.part")
-    beside.write_text(json.dumps(rows), encoding="utf-8")
-    beside.replace(path)
+    folders.write(path, json.dumps(rows))
     return rows
 
 
@@ -123,9 +126,9 @@ def views_grid(seeds: list[int], folder: Path, processes: int, each: int = 3) ->
     jobs = {(s, k): partial(attack_hospital, config.load(cfg, f"seed={s}"), k, each) for s, k in keys}
     with pool(processes) as workers:
         found = dict(run_all(workers, jobs, "hospitals"))
-    folder.mkdir(parents=True, exist_ok=True)
     rows = [row for key in keys for row in found[key]]
-    pd.DataFrame(rows).to_csv(folder / "privacy_views.csv", index=False)
+    folders.write(folder / "privacy_views.csv", pd.DataFrame(rows).to_csv(index=False))
     views = {name: dict(zip(("trained", "learning_rate", "settings"), how, strict=True)) for name, how in VIEWS.items()}
-    text = json.dumps(provenance(cfg, seeds=seeds, canaries=each, views=views), indent=1, ensure_ascii=False)
-    (folder / "privacy_views.json").write_text(text + "\n", encoding="utf-8")
+    more = {"seeds": seeds, "canaries": each, "views": views, "fingerprint": fingerprint(cfg, seeds=seeds)}
+    text = json.dumps(provenance(cfg, **more), indent=1, ensure_ascii=False)
+    folders.write(folder / "privacy_views.json", text + "\n")

@@ -1,6 +1,7 @@
 """The grid: arms that are read back, tables that are whole, and what is said where they are not."""
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 
 from fedllm_helpers import arms, config, experiments, results
@@ -125,3 +127,82 @@ def test_an_unknown_arm_is_named():
     command = [sys.executable, "-m", "fedllm_helpers.experiments", "analysis", "--arms", "int2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "unknown arm 'int2': known are federated" in done.stderr
+
+
+DAMAGES = {
+    "truncated": lambda raw: raw[:-30],
+    "cut in half": lambda raw: raw[: len(raw) // 2],
+    "empty": lambda raw: b"",
+    "text": lambda raw: b"nothing of the kind",
+    "a bit": lambda raw: raw[:200] + bytes([raw[200] ^ 1]) + raw[201:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_result_is_named_and_made_anew(damage, tmp_path, caplog):
+    path, wanted = tmp_path / "arm.npz", {"nll": np.arange(40.0), "tokens": np.arange(40)}
+    arms.keep(path, **wanted)
+    assert all(np.array_equal(arms.kept(path)[name], value) for name, value in wanted.items())
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    assert arms.kept(path) is None and f"{path} is damaged" in caplog.text
+    assert not path.exists() and (tmp_path / "arm.damaged").exists()
+    arms.keep(path, **wanted)
+    assert arms.kept(path) is not None and sorted(p.name for p in tmp_path.iterdir()) == ["arm.damaged", "arm.npz"]
+
+
+def test_an_arm_of_another_model_is_another_arm(small, tmp_path, monkeypatch):
+    names = {arms.key_of(small, "arm")}
+    for text in ("a", "b"):
+        monkeypatch.setattr(arms, "fingerprint", lambda cfg, cards, text=text: {"cards": "", "model": text})
+        names.add(arms.key_of(small, "arm"))
+    assert len(names) == 3
+
+
+def test_a_grid_of_other_cards_or_another_model_is_refused(small, tmp_path):
+    done = {("untuned", 0): _result(small, 30.0)}
+    results.write(tmp_path / "grid", small, list(done), done, dict.fromkeys(done, 0.0), seeds=[0])
+    origin = json.loads((tmp_path / "grid.json").read_text())
+    assert all(len(text) == 64 for text in origin["fingerprint"].values())
+    for changed in ("cards", "model"):
+        other = origin | {"fingerprint": origin["fingerprint"] | {changed: "0" * 64}}
+        (tmp_path / "grid.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=f"grid.csv: the {changed} changed since it was made: make it again"):
+            results.read(tmp_path / "grid.csv")
+    del origin["fingerprint"]
+    (tmp_path / "grid.json").write_text(json.dumps(origin))
+    results.read(tmp_path / "grid.csv")
+
+
+def test_what_killed_grids_left_is_cleared_and_what_others_write_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(arms, "KEPT", tmp_path)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = [f"abc.{gone.pid}.part.npz", f"views-1.{gone.pid}.part", f".abc-{gone.pid}-abcdefgh.part"]
+    stay = [f"abc.{os.getpid()}.part.npz", f".abc-{os.getpid()}-abcdefgh.part", "abc.npz", "mine.part", "notes.12.txt"]
+    for name in left + stay:
+        (tmp_path / name).touch()
+    with arms.pool(1):
+        assert sorted(p.name for p in tmp_path.iterdir()) == sorted(stay)
+
+
+ABANDONED = """
+import os, sys
+from fedllm_helpers import arms
+if __name__ == "__main__":
+    with arms.pool(1) as workers:
+        print(*{workers.submit(os.getpid).result() for _ in range(2)}, flush=True)
+        sys.stdin.read()
+"""
+
+
+def test_workers_end_with_a_parent_that_was_killed(tmp_path):
+    (tmp_path / "grid.py").write_text(ABANDONED)
+    command = [sys.executable, str(tmp_path / "grid.py")]
+    grid = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    workers = [psutil.Process(int(pid)) for pid in grid.stdout.readline().split()]
+    assert workers and all(worker.is_running() for worker in workers)
+    grid.kill()
+    grid.wait()
+    gone, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive, "they would wait for work for ever"
+    grid.stdin.close(), grid.stdout.close()

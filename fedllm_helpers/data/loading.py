@@ -18,6 +18,13 @@ from fedllm_helpers.data.contents import SHEETS, SUFFIXES
 from fedllm_helpers.data.files import Table
 
 logger = logging.getLogger(__name__)
+# settings with which a file of cards is read as it is
+WHOLE_FILE = (
+    "dataset.test=null",
+    "dataset.columns=null",
+    "dataset.specialties=null",
+    "dataset.max_cards_per_specialty=null",
+)
 TESTS = ("test", "validation", "valid", "val", "dev", "eval")  # names of a test part, the best first
 
 
