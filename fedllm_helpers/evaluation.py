@@ -1,5 +1,6 @@
 """How good is a model: answer likelihood and greedy answers, each figure with n and an interval."""
 
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from fedllm_helpers import fitting, models
 from fedllm_helpers.batches import IGNORED, collate, encode, takes_logits_to_keep
 from fedllm_helpers.data.prompts import prompt_ids
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -27,6 +30,8 @@ class Estimate:
     n: int
 
     def __str__(self) -> str:
+        if self.n < 2:
+            return f"{self.value:.2f} (n = {self.n}, too few for an interval)"
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}] (n = {self.n})"
 
     def apart_from(self, other: "Estimate") -> bool:
@@ -66,11 +71,39 @@ def score_answers(
         description: of a progress bar; None shows none.
 
     Returns:
-        Sums per card, in the order of ``cards``.
+        Sums per card, in the order of ``cards``. A card whose question fills ``seq_length`` cannot be scored: it has 0
+        nats over 0 tokens, and a line of the log says which and how many.
+
+    Raises:
+        ValueError: no card can be scored.
     """
     options = {"prompt": prompt, "seq_length": seq_length, "batch_size": batch_size, "description": description}
-    losses = token_losses(model, tokenizer, cards, **options)
+    try:
+        losses = token_losses(model, tokenizer, cards, **options)
+    except ValueError:
+        cards = list(cards)
+        fit = _fit(cards, tokenizer, seq_length, prompt)
+        if all(fit) or not any(fit):
+            raise
+        said = "%d of %d cards cannot be scored, their questions fill seq_length=%d: the first is card %d, %r"
+        first = fit.index(False)
+        logger.warning(said, fit.count(False), len(fit), seq_length, first + 1, f"{cards[first]['question']:.60}")
+        some = [card for card, one in zip(cards, fit, strict=True) if one]
+        found = iter(token_losses(model, tokenizer, some, **options))
+        losses = [next(found) if one else np.zeros(0) for one in fit]
     return AnswerScores(np.array([loss.sum() for loss in losses]), np.array([len(loss) for loss in losses], dtype=int))
+
+
+def _fit(cards: list[dict], tokenizer: PreTrainedTokenizerBase, seq_length: int, prompt: str) -> list[bool]:
+    """Whether each card leaves room for a token of its answer."""
+    try:
+        encode(cards, tokenizer, seq_length, prompt)
+    except ValueError:
+        if len(cards) == 1:
+            return [False]
+        half = len(cards) // 2
+        return [one for part in (cards[:half], cards[half:]) for one in _fit(part, tokenizer, seq_length, prompt)]
+    return [True] * len(cards)
 
 
 def token_losses(
@@ -100,7 +133,18 @@ def token_losses(
 
 
 def mean_nll(scores: AnswerScores, seed: int = 0) -> Estimate:
-    """Nats per answer token: summed negative log-likelihood over summed tokens, with a bootstrap over cards."""
+    """Nats per answer token: summed negative log-likelihood over summed tokens, with a bootstrap over cards.
+
+    Of one card there is the value without an interval, whose ends are NaN.
+
+    Raises:
+        ValueError: no card was scored.
+    """
+    scores = scores.select(scores.tokens > 0)
+    if not len(scores.nll):
+        raise ValueError("no card was scored: train.evaluate_split holds out a share of the cards, if it is above 0")
+    if len(scores.nll) == 1:
+        return Estimate(float(scores.nll[0] / scores.tokens[0]), float("nan"), float("nan"), 1)
     return _bootstrap(lambda nll, tokens, axis: nll.sum(axis) / tokens.sum(axis), (scores.nll, scores.tokens), seed)
 
 
@@ -118,7 +162,8 @@ def nll_difference(first: AnswerScores, second: AnswerScores, seed: int = 0) -> 
     """
     if not np.array_equal(first.tokens, second.tokens):
         raise ValueError("a paired difference needs scores of the same cards in the same order")
-    samples = (first.nll, second.nll, first.tokens)
+    scored = first.tokens > 0
+    samples = (first.nll[scored], second.nll[scored], first.tokens[scored])
     return _bootstrap(lambda a, b, tokens, axis: (a.sum(axis) - b.sum(axis)) / tokens.sum(axis), samples, seed)
 
 

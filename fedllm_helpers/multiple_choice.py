@@ -108,6 +108,8 @@ def choose(
     cards = [{"question": q["question"], "answer": option} for q in questions for option in q["options"]]
     scores = score_answers(model, tokenizer, cards, prompt=prompt, description=description)
     ends = np.cumsum([len(q["options"]) for q in questions])
+    if not scores.tokens.all():
+        raise ValueError("a question is so long that no option has room: the line before in the log says which")
     picks = [int(part.argmin()) for part in np.split(scores.nll / scores.tokens, ends[:-1])]
     return np.array([pick == q["answer"] for pick, q in zip(picks, questions, strict=True)])
 

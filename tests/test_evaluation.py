@@ -60,6 +60,38 @@ def test_perplexity_is_the_exponential_and_accuracy_the_share():
         evaluation.accuracy(np.array([True]))
 
 
+def test_one_long_question_does_not_lose_the_others(loaded, cards, caplog):
+    model, tokenizer = loaded
+    some, long = list(cards[1].select(range(6))), "Is this " + "very " * 200 + "long?"
+    wanted = evaluation.score_answers(model, tokenizer, some, seq_length=128)
+    for place in (0, 3, 6):
+        mixed = [*some[:place], {"question": long, "answer": "Yes."}, *some[place:]]
+        caplog.clear()
+        scores = evaluation.score_answers(model, tokenizer, mixed, seq_length=128)
+        (said,) = [r.getMessage() for r in caplog.records if "cannot be scored" in r.getMessage()]
+        wanted_line = "1 of 7 cards cannot be scored, their questions fill seq_length=128: the first is card"
+        assert said.startswith(f"{wanted_line} {place + 1},")
+        assert scores.tokens[place] == scores.nll[place] == 0 and len(scores.nll) == 7
+        assert np.array_equal(np.delete(scores.tokens, place), wanted.tokens)
+        assert np.delete(scores.nll, place) == pytest.approx(wanted.nll, rel=0.02)
+        assert evaluation.mean_nll(scores).n == evaluation.nll_difference(scores, scores).n == 6
+    with pytest.raises(ValueError, match="leaves 2 of them no token of their answer"):
+        evaluation.score_answers(model, tokenizer, [{"question": long, "answer": "Yes."}] * 2, seq_length=128)
+
+
+def test_none_and_one_card_are_one_line():
+    """As with 3 rows, or with train.evaluate_split=0."""
+    nothing = evaluation.AnswerScores(np.zeros(0), np.zeros(0, int))
+    one = evaluation.AnswerScores(np.ones(1), np.array([4]))
+    for scores in (nothing, evaluation.AnswerScores(np.zeros(2), np.zeros(2, int))):
+        with pytest.raises(ValueError, match="^no card was scored: train.evaluate_split holds out") as error:
+            evaluation.mean_nll(scores)
+        assert "\n" not in str(error.value)
+    estimate = evaluation.mean_nll(one)
+    assert str(estimate) == "0.25 (n = 1, too few for an interval)" and not estimate.apart_from(estimate)
+    assert evaluation.perplexity(one).value == pytest.approx(np.exp(0.25))
+
+
 def test_greedy_answers_do_not_depend_on_the_batch(loaded):
     model, tokenizer = loaded
     questions = ["What is blood?", "What is the heart, and what does it do in the body of an adult?"]
