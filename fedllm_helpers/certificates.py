@@ -44,17 +44,7 @@ def make_server(
     Raises:
         ValueError: no host, or what is none, days that no certificate has, or there are keys or certificates already.
     """
-    if not hosts or isinstance(hosts, str):
-        raise ValueError(f"hosts={hosts!r}: give names or addresses by which hospitals reach the server, one or more")
-    names = [_host(host) for host in hosts]
-    if days == 0 or abs(days) > LONGEST:
-        raise ValueError(f"days={days}: a certificate is valid for 1 to {LONGEST} days")
-    there = [name for name in (AUTHORITY, SERVER_KEY, SERVER) if (folder / name).exists()]
-    if there and not replace:
-        raise ValueError(
-            f"{folder} has {', '.join(there)} already, and new ones lock every hospital out: name another folder, or "
-            "renew them with --replace (replace=True), and bring the new ca.crt to all"
-        )
+    names = _checked(folder, hosts, days, replace)
     authority_key, key = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
     issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "authority of one federation")])
     authority = (
@@ -78,6 +68,20 @@ def make_server(
         (scratch / SERVER).write_bytes(server.public_bytes(pem))
         _secret(scratch / SERVER_KEY, key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
     return folder
+
+
+def _checked(folder: Path, hosts: tuple[str, ...], days: int, replace: bool) -> list[x509.GeneralName]:
+    if not hosts or isinstance(hosts, str):
+        raise ValueError(f"hosts={hosts!r}: give names or addresses by which hospitals reach the server, one or more")
+    if days == 0 or abs(days) > LONGEST:
+        raise ValueError(f"days={days}: a certificate is valid for 1 to {LONGEST} days")
+    there = [name for name in (AUTHORITY, SERVER_KEY, SERVER) if (folder / name).exists()]
+    if there and not replace:
+        raise ValueError(
+            f"{folder} has {', '.join(there)} already, and new ones lock every hospital out: name another folder, or "
+            "renew them with --replace (replace=True), and bring the new ca.crt to all"
+        )
+    return [_host(host) for host in hosts]
 
 
 def check(folder: Path) -> None:

@@ -29,12 +29,7 @@ NAME = "hospital-{}"  # of a hospital's process and folder
 
 
 def start(
-    cfg: DictConfig,
-    folder: str | Path,
-    *,
-    port: int | None = None,
-    patience: float = 90.0,
-    keep_cards: bool = False,
+    cfg: DictConfig, folder: str | Path, *, port: int | None = None, patience: float = 90.0, keep_cards: bool = False
 ) -> Deployment:
     """Start a server and ``federation.num_clients`` hospitals, each with its own cards, and wait until all are there.
 
@@ -58,8 +53,7 @@ def start(
         RuntimeError: a process does not come up; with the line of its log that says why.
     """
     _check_flower()
-    folder, count = folders.place(folder).resolve(), cfg.federation.num_clients
-    port = _free(port)
+    folder, count, port = folders.place(folder).resolve(), cfg.federation.num_clients, _free(port)
     homes = [folder / NAME.format(hospital) for hospital in range(count)]
     cards = [_cards(cfg, home, hospital, keep_cards) for hospital, home in enumerate(homes)]
     for home, files in zip(homes, cards, strict=True):

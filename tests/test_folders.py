@@ -297,3 +297,17 @@ def test_a_bundle_replaces_only_bundles(tmp_path):
         with pytest.raises(ValueError, match="was not made by bundle: move it away"):
             deployed_runs.bundle(running, cfg, name)
     assert mine.read_text() == "[project]\n" and (app / "pyproject.toml").is_file()
+
+
+def test_the_recipe_of_the_readme_saves_before_it_scores(tmp_path, monkeypatch):
+    """No card is held out, so that there is nothing to score; what was trained is there all the same."""
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    (recipe,) = [part.split("```")[0] for part in text.split("```python\n") if "save_adapter" in part]
+    few = '"train.evaluate_split=0", "train.training_arguments.max_steps=1"]'
+    recipe = recipe.replace('"dataset.max_cards_per_specialty=null"]', f'"dataset.max_cards_per_specialty=null", {few}')
+    assert few in recipe
+    monkeypatch.chdir(tmp_path)
+    Path("cards.csv").write_text("question,answer\nWhat is dill?,A herb.\nWhat is sage?,A shrub.\nWhat is oak?,Wood.\n")
+    with pytest.raises(ValueError, match="no card was scored: train.evaluate_split"):
+        exec(compile(recipe, "README.md", "exec"), {})
+    assert sorted(contents(tmp_path / "my-adapter")) == sorted(folders.ADAPTER)
