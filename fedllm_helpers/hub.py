@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
-from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.file_download import repo_folder_name, try_to_load_from_cache
 
 SECONDS = 3.0
 INSTEAD = "set model.name to 'smollm2-135m' or to a local folder"
@@ -73,8 +73,9 @@ def reason(error: Exception) -> str:
 def from_pretrained(kind: type, where: str, **options: Any) -> Any:
     """``kind.from_pretrained``, with one line for what cannot be read. Code that comes with a model is never run."""
     local = Path(where).is_dir()
-    if not local and not check(where):
-        options["local_files_only"] = True
+    if not local and not check(where):  # from the copy as a folder: by its name, files are asked for yet
+        kept = try_to_load_from_cache(where, "config.json")
+        where, local = (str(Path(kept).parent), True) if isinstance(kept, str) else (where, False)
     try:
         return kind.from_pretrained(where, trust_remote_code=False, **options)
     except Exception as error:  # a dozen types, by family, library and file format

@@ -5,13 +5,15 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
-from hub import Hub
+from hub import Hub, _Handler
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedllm_helpers import communication, data, embedded
+from fedllm_helpers import communication, config, data, embedded, models
+from fedllm_helpers import hub as asking
 
 COURSE = """
 from fedllm_helpers import config, data, models, training, evaluation
@@ -77,3 +79,77 @@ def test_an_unreachable_hub_says_what_to_set_instead(tmp_path):
         assert done.returncode == 1
         last = done.stderr.strip().splitlines()[-1]
         assert last.startswith("ConnectionError") and says in last
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """A process that has asked no hub yet, and whose cache is empty; takes the address to ask."""
+    monkeypatch.setattr(asking.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    asking.check.cache_clear()
+    yield lambda url: monkeypatch.setattr(asking.constants, "ENDPOINT", url)
+    asking.check.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [("RepoNotFound", "the hub has none of that name, or keeps it private"), ("GatedRepo", "its owner asks for consent")],
+        ("RepoNotFound", "the hub has none of that name, or keeps it private"),
+        ("GatedRepo", "its owner asks for consent first"),
+    ],
+)
+def test_a_misspelt_or_closed_name_is_one_request_and_one_line(tmp_path, monkeypatch, fresh, code, says):
+    monkeypatch.setattr(_Handler, "missing", lambda self, _: self.reply({}, {"X-Error-Code": code}, 404))
+    with Hub(tmp_path) as hub:
+        fresh(hub.url)
+        with pytest.raises(ConnectionError, match=f"model 'nobody/mistake': {says}.*set model.name to") as caught:
+            models.load(config.load("cpu", "model.name=nobody/mistake"))
+        asked = [line for line in hub.asked if "nobody" in line]  # the client has questions of its own, too
+        assert asked == ["GET /api/models/nobody/mistake"] and "\n" not in str(caught.value)
+        with pytest.raises(ConnectionError, match=f"dataset 'nobody/mistake': {says}.*set dataset.name to"):
+            asking.check("dataset", "nobody/mistake")
+        with pytest.raises(ConnectionError, match=says):
+            communication.architecture("nobody/mistake")
+
+
+def test_a_hub_that_is_silent_refuses_or_stammers_is_one_line(fresh, monkeypatch):
+    """The socket listens and never answers; the time until then is bounded by what the client is told."""
+    monkeypatch.setattr(asking, "SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        closed = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        fresh(closed)
+        with pytest.raises(ConnectionError, match=r"the hub http.* cannot be reached \(.*timed out.*no copy here"):
+            asking.check("model", "some/model")
+    for address in (closed, "http://no-such-host.invalid", "nonsense"):
+        fresh(address)
+        with pytest.raises(ConnectionError, match="cannot be reached") as caught:
+            asking.check("model", "some/model")
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+    monkeypatch.setattr(
+        asking.HfApi, "model_info", lambda *a, **k: threading.Event().wait(30)
+    )  # a name server's silence
+    with pytest.raises(ConnectionError, match="no answer within 1 s"):
+        asking.check("model", "some/model")
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "no blanks/here", "-/-", "models/../else"])
+def test_names_that_no_hub_has_are_one_line(fresh, name):
+    with pytest.raises((ValueError, ConnectionError), match="neither a path that exists nor a hub id") as caught:
+        models.load(config.load("cpu", f"model.name={name}"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_copy_in_the_cache_is_read_where_the_hub_cannot_be_asked(course_hub, tmp_path):
+    """No HF_HUB_OFFLINE, no network: the copy is loaded, and after the first refusal no file is asked for."""
+    code = (
+        "from fedllm_helpers import config, models\n"
+        "model, tokenizer = models.load(config.load('course'))\n"
+        "print(sum(float(p.detach().double().sum()) for p in model.parameters()))"
+    )
+    first = run_course(tmp_path, code, HF_ENDPOINT=course_hub.url)
+    asked = "import socket\nconnect, asked = socket.socket.connect, []\n"
+    asked += "def counted(self, address): asked.append(address); return connect(self, address)\n"
+    asked += f"socket.socket.connect = counted\n{code}\nprint(len(asked))"
+    again = run_course(tmp_path, asked, HF_ENDPOINT="http://127.0.0.1:9")
+    assert first.returncode == 0, first.stderr[-2000:]
+    total, connections = again.stdout.split()
+    assert total == first.stdout.strip() and int(connections) <= 2, again.stderr[-2000:]

