@@ -92,7 +92,7 @@ def fresh(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("code", "says"),
-    [("RepoNotFound", "the hub has none of that name, or keeps it private"), ("GatedRepo", "its owner asks for consent")],
+    [
         ("RepoNotFound", "the hub has none of that name, or keeps it private"),
         ("GatedRepo", "its owner asks for consent first"),
     ],
