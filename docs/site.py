@@ -38,6 +38,7 @@ INDEX = """
 :maxdepth: 1
 
 course
+data
 project
 teaching
 glossary

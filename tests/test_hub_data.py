@@ -62,7 +62,7 @@ def test_splits_configurations_and_misspelt_names(root, tmp_path):
     names = [f"lab/{name}" for name in ("plain", "halves", "exam", "levels", "letters", "misspelt")]
     with Hub(root) as hub:
         found, said = load(tmp_path, *names, HF_ENDPOINT=hub.url)
-    assert found["lab/plain"] == ["read", 18, 2]
+    assert found["lab/plain"] == ["read", 17, 3]
     assert found["lab/halves"] == ["read", 20, 5]
     assert found["lab/exam"][0] == "ValueError" and "no split to train on: there are test" in found["lab/exam"][1]
     assert found["lab/levels"][0] == "ValueError"
@@ -71,7 +71,7 @@ def test_splits_configurations_and_misspelt_names(root, tmp_path):
     assert found["lab/misspelt"][0] == "FileNotFoundError" and "has no such dataset" in found["lab/misspelt"][1]
     assert all("\n" not in str(outcome[1]) for outcome in found.values())
     gone, _ = load(tmp_path, "lab/plain", "lab/never", HF_ENDPOINT="http://127.0.0.1:9")
-    assert gone["lab/plain"] == ["read", 18, 2], "from the cache, with the hub gone"
+    assert gone["lab/plain"] == ["read", 17, 3], "from the cache, with the hub gone"
     assert (
         gone["lab/never"][0] == "ConnectionError" and "the hub cannot be reached (ConnectError" in gone["lab/never"][1]
     )

@@ -30,7 +30,7 @@ def read(name: str) -> dict[str, Table]:
                 f"dataset {name!r} cannot be read as a table ({said}): {_choice(error)}{INSTEAD}"
             ) from None
         raise ConnectionError(
-            f"dataset {name!r}: {hub.reason(problem)}, and there is no copy here; {INSTEAD}"
+            f"dataset {name!r}: no file or folder here, and {hub.reason(problem)}; no copy either; {INSTEAD}"
         ) from None
     finally:
         datasets.config.HF_HUB_OFFLINE = online
