@@ -13,7 +13,7 @@ import zipfile
 import pandas as pd
 import pytest
 
-from fedllm_helpers import data, multiple_choice
+from fedllm_helpers import client_app, data, multiple_choice
 
 TABLE = [("What, then, is gout?", "Crystals; in a joint."), ("Was heißt Übel?", "Nausea – 5 €")]
 ROWS = [dict(zip(("question", "answer"), row, strict=True)) for row in TABLE]
@@ -288,3 +288,18 @@ def test_multiple_choice_reads_the_same_files(tmp_path):
     (tmp_path / "arc.json").write_text(json.dumps(nested))
     with pytest.raises(ValueError, match="row 1: 'options' must be a list or a mapping of texts"):
         multiple_choice.from_file(tmp_path / "arc.json")
+
+
+def test_a_node_reads_any_file_in_its_folder_and_tells_the_server_nothing(tmp_path, caplog):
+    node = type("Node", (), {"node_config": {"data": str(tmp_path / "secret")}})
+    with pytest.raises(FileNotFoundError, match="see the node's own log") as missing:
+        client_app.node_cards(node, 3)
+    (tmp_path / "secret").mkdir()
+    train = tmp_path / "secret" / "train.csv"
+    train.write_bytes(table(";").encode("cp1252"))
+    assert [len(part) for part in client_app.node_cards(node, 3)] == [2, 0]
+    train.write_text('[{"question": "Alice Doe?", "answer": ["ill"]}]')
+    with pytest.raises(ValueError, match="hospital 3: the cards .* cannot be read") as broken:
+        client_app.node_cards(node, 3)
+    assert "the answer is a list" in caplog.text
+    assert not any(word in str(error.value) for error in (missing, broken) for word in ("secret", "Alice", "list"))
