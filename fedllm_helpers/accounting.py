@@ -6,7 +6,6 @@ learning rate on private cards spends an ε that nobody counts here.
 """
 
 import contextlib
-import logging
 import math
 import warnings
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,6 @@ from omegaconf import DictConfig
 
 from fedllm_helpers.training import round_config
 
-logger = logging.getLogger(__name__)
 # orders of Rényi divergence: near 1 for a large ε, whole and far apart for a small one; broken ones take long
 ORDERS = [1 + x for x in (*np.logspace(-4, -0.7, 16), *np.arange(0.25, 10, 0.25), *range(10, 64), *range(64, 1024, 32))]
 
@@ -120,8 +118,9 @@ def record_privacy(cfg: DictConfig, cards: int) -> RecordPrivacy | None:
         )
     rate, total = batch / cards, steps * cfg.federation.num_rounds
     if how.delta >= 1 / cards:
-        logger.warning(
-            "federation.privacy.record.delta=%s is not below 1 / %d cards: it promises little", how.delta, cards
+        raise ValueError(
+            f"federation.privacy.record.delta={how.delta} is not below 1 / {cards} cards of a hospital: it promises "
+            "nothing; make it smaller"
         )
     noise = noise_for(how.epsilon, rate, total, how.delta) if how.noise_multiplier is None else how.noise_multiplier
     return RecordPrivacy(

@@ -11,13 +11,12 @@ from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import Strategy
 from omegaconf import DictConfig, OmegaConf
 
-from fedllm_helpers import factors, privacy, rule_checks
+from fedllm_helpers import factors
+from fedllm_helpers.config.schema import AVERAGING
 from fedllm_helpers.messages import from_record, to_record
 from fedllm_helpers.models import Adapter
 from fedllm_helpers.screening import Reply, printable
 
-# These need the mean of the replies alone: it is summed up while they come, one in memory. The others compare them all.
-AVERAGING = ("FedAvg", "FedAvgM", "FedProx", "FedAdagrad", "FedAdam", "FedYogi")
 # Fewer replies than these, and what the strategy promises against f cheats does not hold, or nobody is cut off.
 NEEDED: dict[str, Callable[[Any], int]] = {
     "Krum": lambda krum: 2 * krum.num_malicious_nodes + 3,  # Blanchard et al. 2017, arXiv:1703.02757
@@ -68,38 +67,13 @@ def difference(adapter: Adapter, shapes: dict[str, tuple[int, ...]]) -> str | No
 
 
 def make_strategy(cfg: DictConfig) -> Strategy:
-    """The strategy named in a configuration, with its arguments. Sampling is the server app's: here it takes all.
-
-    Raises:
-        ValueError: an argument that the strategy does not know.
-    """
+    """The strategy named in a configuration, with its arguments. Sampling is the server app's: here it takes all."""
     everyone = {"fraction_train": 1.0, "fraction_evaluate": 1.0}
     fewest = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
     name, given = cfg.federation.strategy, OmegaConf.to_container(cfg.federation.strategy_arguments)
-    privacy.check(cfg), rule_checks.check(cfg)
-    how = cfg.federation
-    hidden = how.privacy.client.noise_multiplier is not None or how.secure_aggregation.threshold is not None
-    if hidden and name not in AVERAGING:
-        raise ValueError(
-            f"federation.strategy={name}: it compares replies, and noise or masks need a mean; allowed are "
-            f"{', '.join(AVERAGING)}"
-        )
-    if cfg.federation.compression.keep < 1 and name not in AVERAGING:
-        raise ValueError(
-            f"federation.compression.keep={cfg.federation.compression.keep} with {name}: it compares replies number by "
-            f"number, and few were sent by several; allowed are 1, or one of {', '.join(AVERAGING)}"
-        )
     if name == "QFedAvg":  # it weights by the loss of the adapter that was sent out
         given = {"train_loss_key": "loss-before", "client_learning_rate": cfg.train.learning_rate_max} | given
-    for key, value in given.items():
-        if key in everyone or key in fewest or (key.endswith("_key") and key != "train_loss_key"):
-            raise ValueError(f"federation.strategy_arguments.{key}: this is the server app's; leave it out")
-        if key != "train_loss_key" and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise ValueError(f"federation.strategy_arguments.{key}={value}: allowed are numbers")
-    try:
-        return getattr(strategies, name)(**everyone, **fewest, **given)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"federation.strategy_arguments={given} of {name}: {error}") from None
+    return getattr(strategies, name)(**everyone, **fewest, **given)
 
 
 def combine(

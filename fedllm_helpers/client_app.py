@@ -163,6 +163,14 @@ def _all_cards(text: str) -> tuple[list[Dataset], list[Dataset]]:
     return parts, partitions.partition_like(test_cards, parts)
 
 
+def check_cards(cfg: DictConfig) -> None:
+    """Raise ValueError, in one line and before anyone trains, for hospitals whose cards the settings do not fit."""
+    for hospital in range(cfg.federation.num_clients):
+        cards = own_cards(cfg, hospital)[0]
+        if accounting.record_privacy(cfg, len(cards)) is None:
+            cards_of_round(cards, cfg, 1, hospital)
+
+
 def cards_of_round(cards: Dataset, cfg: DictConfig, number: int, hospital: int = 0) -> Dataset:
     """The cards that a round trains on: fresh ones while there are any, then the next shuffle, from the seed alone.
 
@@ -173,11 +181,19 @@ def cards_of_round(cards: Dataset, cfg: DictConfig, number: int, hospital: int =
         cfg: of the federation; with ``max_steps`` of −1 a round takes all cards.
         number: of the round, from 1.
         hospital: mixed into the seed.
+
+    Raises:
+        ValueError: a batch is larger than the hospital: it would hold a card several times.
     """
     arguments = training.round_config(cfg).train.training_arguments
     steps, batch = arguments.get("max_steps", -1), arguments.get("per_device_train_batch_size", 8)
     if steps < 1:
         return cards
+    if batch > len(cards):
+        raise ValueError(
+            f"federation.training_arguments.per_device_train_batch_size={batch}: hospital {hospital} has {len(cards)} "
+            "cards; allowed are 1 to that"
+        )
     wanted = steps * batch * arguments.get("gradient_accumulation_steps", 1)
     first, last = (number - 1) * wanted, number * wanted
     epochs = range(first // len(cards), (last - 1) // len(cards) + 1)

@@ -139,6 +139,8 @@ def estimate(
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value}: allowed are whole numbers from 1")
     check_above_0("bandwidth", bandwidth)
+    if not isinstance(lora, DictConfig) or "peft_lora_r" not in lora:
+        raise ValueError(f"lora={str(lora)[:60]}: expected the adapter's settings, config.load('cpu').model.lora")
     counts, fetching = parameter_counts(model, lora), clients if participants is None else participants
     whole = transfer_bytes(counts.total, number_format)
     adapter = transfer_bytes(counts.trainable, number_format, counts.rows)
@@ -203,5 +205,5 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 def check_above_0(name: str, value: float) -> None:
     """Raise ValueError with one line unless a number is above 0 and finite."""
-    if not value > 0 or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f"{name}={value}: allowed are numbers above 0")

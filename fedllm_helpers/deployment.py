@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from packaging.version import Version
 
 from fedllm_helpers import certificates, client_app, data, folders, watchdog
+from fedllm_helpers.config import checked
 from fedllm_helpers.parties import CONNECTION, LOOPBACK, SERVER, Deployment, last_words, launch, nodes, register
 
 TRIED = ("1.41", "1.42")  # versions of Flower
@@ -53,7 +54,7 @@ def start(
         RuntimeError: a process does not come up; with the line of its log that says why.
     """
     _check_flower()
-    folder, count, port = folders.place(folder).resolve(), cfg.federation.num_clients, _free(port)
+    folder, count, port = folders.place(folder).resolve(), checked(cfg).federation.num_clients, _free(port)
     homes = [folder / NAME.format(hospital) for hospital in range(count)]
     cards = [_cards(cfg, home, hospital, keep_cards) for hospital, home in enumerate(homes)]
     for home, files in zip(homes, cards, strict=True):
@@ -214,6 +215,8 @@ def _prepare_hospital(home: Path, cards: dict[Path, str]) -> None:
 
 
 def _free(port: int | None) -> int:
+    if port is not None and (isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535):
+        raise ValueError(f"port={port!r}: allowed are whole numbers from 1 to 65535, or None for a free one")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of connections that have just ended
         try:

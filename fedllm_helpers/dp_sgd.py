@@ -65,10 +65,6 @@ class PrivateTrainer(AdapterTrainer):
         )
         if twice:
             raise ValueError("DP-SGD goes without gradient_checkpointing, which computes layers twice; set it to false")
-        if self.args.fp16:
-            raise ValueError(
-                "DP-SGD goes without fp16, which scales gradients before they are clipped: set model.dtype"
-            )
         self.plan, (self.sampling, self.noise) = plan, map(np.random.default_rng, seed.spawn(2))
         self.args.max_grad_norm = 0.0  # each card's gradient is clipped instead
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}

@@ -14,10 +14,10 @@ from omegaconf import DictConfig
 
 from fedllm_helpers import client_app, config, data, editing, folders, models, poisoning, simulation
 from fedllm_helpers.arms import KEPT, keep, kept, key_of, pool, run_all, tuning_config
+from fedllm_helpers.config.schema import RULES
 from fedllm_helpers.evaluation import AnswerScores, score_answers
 from fedllm_helpers.messages import base_model
 from fedllm_helpers.provenance import fingerprint, provenance
-from fedllm_helpers.schema import RULES
 
 # The federation of notebook 03 with half of its steps; everything of it is scored at the end.
 SETTINGS = ["federation.training_arguments.max_steps=4", "federation.evaluate_every=0"]

@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fedllm_helpers import config, models
 
+logger = logging.getLogger(__name__)
+
 
 def settings(context: Context) -> DictConfig:
     """The configuration of a run: its ``config`` (YAML text) where there is one, else its ``preset`` and ``overrides``.
@@ -104,13 +106,22 @@ def cpu_threads(cfg: DictConfig) -> Iterator[None]:
     The sums of a matrix product depend on how many threads share it, and a Ray actor has other defaults than a
     notebook: only a number set here makes their adapters agree to the last bit. Without one torch's own number stays:
     all cores, or what ``OMP_NUM_THREADS`` says.
+    More than there are cores would stand in each other's way, and thousands never end: the log says what was taken.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(cfg.federation.threads or before)
+    torch.set_num_threads(_at_most_the_cores(cfg.federation.threads or before))
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@lru_cache(maxsize=8)
+def _at_most_the_cores(threads: int) -> int:
+    cores = os.cpu_count() or 1
+    if threads > cores:
+        logger.warning("federation.threads=%d: there are %d cores, so many it is", threads, cores)
+    return min(threads, cores)
 
 
 @contextlib.contextmanager

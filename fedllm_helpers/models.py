@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from fedllm_helpers import embedded, fitting, folders, hub, placement
+from fedllm_helpers.config import checked
 
 Adapter = dict[str, np.ndarray]
 
@@ -36,7 +37,7 @@ def load(cfg: DictConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
         ValueError: a device, a number format or a quantization that this machine does not have; or what
             :mod:`fedllm_helpers.fitting` finds: no causal language model, a tokenizer of another one, weights missing.
     """
-    where = locate(cfg.model.name)
+    where = locate(checked(cfg).model.name)
     base, tokenizer = _base(cfg, where)
     if not cfg.model.use_fast_tokenizer and tokenizer.is_fast:
         raise ValueError("model.use_fast_tokenizer=false: transformers 5 has no other for this model; set it to true")

@@ -27,8 +27,10 @@ def from_cards(cards: Dataset, pool: Dataset, n_options: int = 4, seed: int = 0)
         Rows of ``question``, ``options`` and ``answer`` (position of the right option).
 
     Raises:
-        ValueError: a specialty has too few different answers.
+        ValueError: a specialty has too few different answers, or fewer than two options are asked for.
     """
+    if not isinstance(n_options, int) or n_options < 2:
+        raise ValueError(f"n_options={n_options}: allowed are whole numbers from 2")
     rng, by_specialty = np.random.default_rng(seed), {}
     for card in pool:
         by_specialty.setdefault(card["specialty"], set()).add(card["answer"])
@@ -104,7 +106,12 @@ def choose(
 
     Returns:
         Whether the pick was right, boolean, shape (questions,).
+
+    Raises:
+        ValueError: there are no questions.
     """
+    if not questions:
+        raise ValueError("questions: there are none; from_cards or from_file makes some")
     cards = [{"question": q["question"], "answer": option} for q in questions for option in q["options"]]
     scores = score_answers(model, tokenizer, cards, prompt=prompt, description=description)
     ends = np.cumsum([len(q["options"]) for q in questions])

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
-from fedllm_helpers.schema import PARTITIONS
+from fedllm_helpers.config.schema import PARTITIONS
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from fedllm_helpers import aggregation, compression, privacy, rules
+from fedllm_helpers.config.schema import BY_PRODUCT
 from fedllm_helpers.edits import Base
 from fedllm_helpers.masked_clients import MASKED, SENT
 from fedllm_helpers.masked_rounds import Session
@@ -101,7 +102,7 @@ def _combine_open(turn: _Turn) -> tuple[Adapter | None, str, tuple[int, int]]:
     run, number, cfg = turn.run, turn.step.number, turn.run.cfg
     replies = _usable(turn, lambda hospital: rules.up(cfg, turn.adapter, number, hospital))
     least = cfg.federation.min_replies
-    if cfg.federation.aggregation in rules.BY_PRODUCT:
+    if cfg.federation.aggregation in BY_PRODUCT:
         given = [(reply.arrays, reply.numbers["num-examples"]) for reply in replies]
         if len(given) < least:
             return None, "", (0, 0)

@@ -34,8 +34,6 @@ from fedllm_helpers.edits import Base
 from fedllm_helpers.messages import first_adapter, from_record, to_record
 from fedllm_helpers.models import Adapter
 
-EDITING, MIXED = ("FLoRA", "FedEx-LoRA"), ("FLoRA", "FlexLoRA")  # rules that edit the base; rules for mixed ranks
-BY_PRODUCT = ("FLoRA", "FedEx-LoRA", "FlexLoRA")
 PERSONAL = "personal factors"  # in a client's state
 
 
@@ -190,3 +188,14 @@ def values(cfg: DictConfig, adapter: Adapter) -> Callable[[int, int, str], tuple
 
 def _size(adapter: Adapter) -> int:
     return sum(value.size for value in adapter.values())
+
+
+def check_shapes(cfg: DictConfig, adapter: Adapter) -> None:
+    """Raise ValueError, before anyone trains, for layers without factors A and B, and for FlexLoRA's rank too large."""
+    if cfg.federation.aggregation != "FedIT":
+        factors.pairs(adapter)
+    if cfg.federation.aggregation == "FlexLoRA":
+        for layer, (first, second) in factors.pairs(adapter).items():
+            largest = min(second.shape[0], first.shape[1])
+            if first.shape[0] > largest:
+                raise ValueError(f"model.lora.peft_lora_r={first.shape[0]}: {layer!r} has no rank above {largest}")

@@ -22,7 +22,6 @@ from fedllm_helpers import (
     memory,
     models,
     privacy,
-    rule_checks,
     rules,
     run_folders,
     training,
@@ -143,7 +142,7 @@ def federate(
         ValueError: the folder holds a run with other settings, or ``federation.min_replies`` is more than are asked.
     """
     strategy, plan, base = aggregation.make_strategy(cfg), training.rounds(cfg), Base() if base is None else base
-    rule_checks.check_shapes(cfg, adapter)
+    rules.check_shapes(cfg, adapter)
     before, tables, done, seats = checkpoints.latest(folder, cfg) if folder else None, Tables(), 0, {}
     if before:
         adapter, tables, done = _restore(before, cfg, strategy, grid, base)

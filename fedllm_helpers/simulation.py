@@ -22,7 +22,8 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from omegaconf import DictConfig, OmegaConf
 
-from fedllm_helpers import aggregation, client_app, edits, masked_clients, rules, run_folders, server_app, training
+from fedllm_helpers import client_app, edits, masked_clients, rules, run_folders, server_app
+from fedllm_helpers.config import checked
 from fedllm_helpers.messages import from_record, quiet_flower
 from fedllm_helpers.models import Adapter, device_and_dtype
 from fedllm_helpers.provenance import fingerprint, provenance
@@ -76,7 +77,8 @@ def run(
         Adapter, tables and provenance.
 
     Raises:
-        ValueError: an unknown backend, cards that cannot be divided, or a folder with another run or something else.
+        ValueError: an unknown backend, cards that cannot be divided or that the settings do not fit, or a folder with
+            another run or something else.
         RuntimeError: no hospital of a round sent a usable adapter; with the first one's traceback.
         ModuleNotFoundError: Ray is not installed.
     """
@@ -84,8 +86,9 @@ def run(
         raise ValueError(f"unknown backend {backend!r}: known are {', '.join(BACKENDS)}")
     if backend == "ray" and client is not client_app.app:
         raise ValueError("client: only in process; on Ray the package's own runs")
-    aggregation.make_strategy(cfg), training.rounds(cfg)
-    client_app.own_cards(cfg, 0)  # more hospitals than cards, or no such specialty: said before anything starts
+    if not isinstance(actors, int) or isinstance(actors, bool) or actors < 1:
+        raise ValueError(f"actors={actors}: allowed are whole numbers from 1")
+    client_app.check_cards(checked(cfg))  # more hospitals than cards, or no such specialty: said before anything starts
     given = {
         "config": OmegaConf.to_yaml(cfg),
         "folder": run_folders.named(folder),

@@ -1,6 +1,7 @@
 """Fine-tune an adapter on flashcards with the Trainer, and the schedule over the rounds of a federation."""
 
 import contextlib
+import logging
 import math
 import sys
 import tempfile
@@ -30,7 +31,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fedllm_helpers import fitting, folders, memory, models
 from fedllm_helpers.batches import LengthBatches, collate, encode, takes_logits_to_keep
+from fedllm_helpers.config import checked, contradictions
 
+logger = logging.getLogger(__name__)
 HISTORY = ["step", "loss", "learning_rate"]
 
 
@@ -76,7 +79,8 @@ def fine_tune(
     Args:
         model, tokenizer: from :func:`fedllm_helpers.models.load`.
         cards: flashcards of one owner.
-        cfg: its ``train.training_arguments`` go to ``TrainingArguments`` as they are.
+        cfg: its ``train.training_arguments`` go to ``TrainingArguments``; which are taken, says
+            :mod:`fedllm_helpers.config.training_arguments`.
         learning_rate: in place of the configured one; a federation sets it round by round.
         proximal_mu: μ of FedProx, which adds ½ μ‖w − w₀‖² to the loss, w₀ the adapter as it comes (Li et al. 2020,
             arXiv:1812.06127); the loss reported is without it.
@@ -91,8 +95,7 @@ def fine_tune(
         ValueError: no cards, or cards that do not fit ``train.seq_length``.
         FloatingPointError: the loss is no longer finite. Whatever ends a training, the adapter is as it was before.
     """
-    fitting.check_cards(cards, least=1)
-    rows = encode(cards, tokenizer, cfg.train.seq_length, cfg.dataset.prompt)
+    rows = _encoded(cards, tokenizer, cfg)
     collator = partial(collate, tokenizer=tokenizer, answer_logits_only=takes_logits_to_keep(model))
     before, bar = models.get_adapter(model), [_ProgressBar(description)] if progress else []
     with tempfile.TemporaryDirectory() as scratch:
@@ -105,11 +108,20 @@ def fine_tune(
             models.set_adapter(model, before)
             raise
         finally:
-            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # `bf16: true` would stay on to evaluate
+            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # of accelerate's own settings
             model.eval()
     seconds = time.perf_counter() - start
     memory.release()
     return _record(trainer, seconds)
+
+
+def _encoded(cards: Dataset, tokenizer: PreTrainedTokenizerBase, cfg: DictConfig) -> list[dict]:
+    fitting.check_cards(cards, least=1)
+    rows = encode(cards, tokenizer, checked(cfg).train.seq_length, cfg.dataset.prompt)
+    batch = cfg.train.training_arguments.get("per_device_train_batch_size", 8)
+    if batch > len(rows):
+        logger.warning("per_device_train_batch_size=%d: there are %d cards, and a step takes all", batch, len(rows))
+    return rows
 
 
 def _record(trainer: "AdapterTrainer", seconds: float) -> TrainingRecord:
@@ -123,15 +135,9 @@ def rounds(cfg: DictConfig) -> list[Round]:
 
     Round t of T has lr_min + ½ (lr_max − lr_min)(1 + cos(π t / T)), with t from 0: SGDR's schedule without restarts
     (Loshchilov & Hutter 2017, arXiv:1608.03983). Taught in notebook 02.
-
-    Raises:
-        ValueError: ``federation.min_replies`` is more than a round asks.
     """
     low, high, total = cfg.train.learning_rate_min, cfg.train.learning_rate_max, cfg.federation.num_rounds
-    clients = max(1, round(cfg.federation.fraction_train * cfg.federation.num_clients))
-    if cfg.federation.min_replies > clients:
-        raise ValueError(f"federation.min_replies={cfg.federation.min_replies}: a round asks {clients} hospitals")
-    plan = []
+    clients, plan = contradictions.asked(cfg), []
     for number in range(1, total + 1):
         rate = low + 0.5 * (high - low) * (1 + math.cos(math.pi * (number - 1) / total))
         plan.append(Round(number, rate, clients, number % cfg.train.save_every_round == 0 or number == total))
@@ -180,8 +186,6 @@ class AdapterTrainer(Trainer):
     ) -> None:
         given = TrainingArguments(**arguments)
         given._n_gpu = min(given.n_gpu, 1)  # Trainer would split a batch over all GPUs, and `logits_to_keep` with it
-        if mu and given.fp16:
-            raise ValueError("FedProx goes without fp16, which scales gradients: set model.dtype instead")
         super().__init__(model, given, collator, rows, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)

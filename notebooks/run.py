@@ -35,12 +35,12 @@ def main() -> int:
     parser.add_argument("--inplace", action="store_true", help="store the outputs in the notebooks too")
     parser.add_argument("--jobs", type=int, choices=(1, 2), help="notebooks at a time; default by cores and memory")
     arguments = parser.parse_args()
-    paths = [
-        p for p in sorted(HERE.glob("*.ipynb")) if not arguments.names or p.stem.startswith(tuple(arguments.names))
-    ]
-    if not paths:
-        print(f"no notebook named {', '.join(arguments.names)} in {HERE}", file=sys.stderr)
+    there = sorted(HERE.glob("*.ipynb"))
+    unknown = [name for name in arguments.names if not any(name and p.stem.startswith(name) for p in there)]
+    if unknown:
+        print(f"no notebook named {', '.join(unknown)}: there are {', '.join(p.stem for p in there)}", file=sys.stderr)
         return 2
+    paths = [p for p in there if not arguments.names or p.stem.startswith(tuple(arguments.names))]
     try:
         embedded.fetch()
     except (OSError, ValueError) as error:

@@ -87,7 +87,7 @@ def test_one_bar_shows_rounds_and_clients(small, capsys):
         ("dataset.specialties=[eyes]", "no card of specialty 'eyes'"),
         ("federation.fraction_train=0", "federation.fraction_train"),
         ("federation.fraction_train=1.5", "to 1"),
-        ("federation.num_rounds=0", "1 or more"),
+        ("federation.num_rounds=0", "from 1 to"),
         ("federation.strategy=FedMean", "allowed are FedAvg, FedAvgM"),
     ],
 )
@@ -133,9 +133,6 @@ def test_fedprox_keeps_the_adapter_near_where_it_came_from(fresh, cards, cfg):
         after = models.get_adapter(model)
         moved[mu] = sum(float(((after[key] - before[key]) ** 2).sum()) for key in before)
     assert moved[1000.0] < 0.7 * moved[0.0]
-    scaled = config.load(cfg, "train.training_arguments.fp16=true")
-    with pytest.raises(ValueError, match="FedProx goes without fp16"):
-        training.fine_tune(model, tokenizer, cards[0], scaled, proximal_mu=1.0, progress=False)
 
 
 def test_a_process_holds_one_model_also_while_it_loads_the_next(cfg, monkeypatch):

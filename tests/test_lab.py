@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from fedllm_helpers import aggregation, communication, config, lab, poisoning, rules
+from fedllm_helpers.config.schema import RULES
 from fedllm_helpers.messages import first_adapter
-from fedllm_helpers.schema import RULES
 
 STORED = Path(__file__).resolve().parents[1] / "notebooks" / "results"
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedllm_helpers import data, partitions
-from fedllm_helpers.schema import PARTITIONS
+from fedllm_helpers.config.schema import PARTITIONS
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """ε against an independent accountant, clipping and noise against arithmetic, DP-SGD on the real model."""
 
-import logging
 import math
 from functools import partial
 
@@ -109,7 +108,7 @@ def test_nobody_shares_noise():
 @pytest.mark.parametrize("weights, share", [("uniform", 1 / 4), ("cards", 40 / 100)])
 def test_clipped_and_weighted_as_configured(weights, share):
     settings = ["federation.privacy.client.clipping_norm=0.05", f"federation.privacy.client.weights={weights}"]
-    cfg = tiny.settings("federation.privacy.client.noise_multiplier=0", *settings, rounds=1)
+    cfg = tiny.settings("federation.privacy.client.noise_multiplier=1e-9", *settings, rounds=1)
     adapter, _ = tiny.federate(cfg)
     parts = {}
     for hospital in range(4):
@@ -253,15 +252,6 @@ def test_a_training_that_was_stopped_leaves_a_model_that_trains(exact, cards):
     models.set_adapter(model, adapter)
 
 
-def test_gradients_that_are_scaled_are_not_clipped(exact, cards):
-    cfg, model, tokenizer, _ = exact
-    plan = accounting.RecordPrivacy(1.0, 1.0, 0.5, 2, 1e-3, 5.0)
-    scaled = config.load(cfg, "train.training_arguments.fp16=true")
-    private = dp_sgd.trainer(plan, np.random.SeedSequence(0))
-    with pytest.raises(ValueError, match="DP-SGD goes without fp16"):
-        training.fine_tune(model, tokenizer, cards[0], scaled, trainer=private, progress=False)
-
-
 def test_poisson_batches_vary_around_the_expected_size(exact, cards):
     cfg, model, tokenizer, _ = exact
     plan, sizes = accounting.RecordPrivacy(1.0, 1.0, 0.3, 400, 1e-3, 1.0), []
@@ -297,14 +287,14 @@ def test_a_private_and_masked_federation_tells_no_losses():
 @pytest.mark.parametrize(
     "overrides, said",
     [
-        (["federation.privacy.record.epsilon=8", "federation.privacy.record.noise_multiplier=0"], "are both set"),
-        (["federation.privacy.record.clipping_norm=0"], "allowed is 1e-09 or more"),
-        (["federation.privacy.client.noise_multiplier=-1"], "allowed is 0 or more"),
+        (["federation.privacy.record.epsilon=8", "federation.privacy.record.noise_multiplier=1"], "are both set"),
+        (["federation.privacy.record.clipping_norm=0"], "allowed is from 1e-09"),
+        (["federation.privacy.client.noise_multiplier=0"], "allowed is from 1e-09 to 1000000.0, or null"),
         (["federation.privacy.record.delta=2"], "allowed is from"),
         (["federation.privacy.record.epsilon=8", "federation.strategy=FedProx"], "pull would be added"),
         (["federation.privacy.record.epsilon=8", "model.gradient_checkpointing=true"], "need the activations"),
         (["federation.privacy.record.epsilon=8", "federation.training_arguments.max_steps=-1"], "set it from 1"),
-        (["federation.privacy.record.epsilon=inf"], "finite numbers"),
+        (["federation.privacy.record.epsilon=inf"], "allowed is from"),
         (
             ["federation.privacy.client.noise_multiplier=1", "federation.fraction_evaluate=0.5"],
             "would leave unprotected",
@@ -318,21 +308,17 @@ def test_settings_that_contradict(overrides, said):
         simulation.run(config.load("cpu", *SMALL.split(), *overrides), progress=False)
 
 
-def test_what_a_hospital_cannot_follow_or_should_know(caplog):
+def test_what_a_hospital_cannot_follow():
     def plan(*changes, cards=50):
         return accounting.record_privacy(config.load("cpu", "federation.privacy.record.epsilon=4", *changes), cards)
 
     assert accounting.record_privacy(config.load("cpu"), 50) is None
-    assert plan().epsilon <= 4 and plan().steps == 32 and not caplog.records
+    assert plan().epsilon <= 4 and plan().steps == 32
     with pytest.raises(ValueError, match="per_device_train_batch_size=4: a hospital has 3 cards"):
         plan(cards=3)
-    with caplog.at_level(logging.WARNING):
+    with pytest.raises(ValueError, match="record.delta=0.05 is not below 1 / 50 cards"):
         plan("federation.privacy.record.delta=0.05")
-        privacy.check(
-            config.load("cpu", "federation.privacy.client.noise_multiplier=1", "federation.privacy.client.delta=0.4")
-        )
-        privacy.check(config.load("cpu", "federation.privacy.client.noise_multiplier=0"))
-    assert "record.delta=0.05 is not below 1 / 50 cards" in caplog.text
-    assert "client.delta=0.4 is not below 1 / 6 hospitals" in caplog.text and "ε is infinite" in caplog.text
+    with pytest.raises(ValueError, match="client.delta=0.4 is not below 1 / 6 hospitals"):
+        config.load("cpu", "federation.privacy.client.noise_multiplier=1", "federation.privacy.client.delta=0.4")
     assert accounting.client_epsilon(config.load("cpu")) == math.inf
     assert 0 < accounting.client_epsilon(config.load("cpu", "federation.privacy.client.noise_multiplier=2")) < 20

@@ -26,8 +26,8 @@ from fedllm_helpers import (
     server_app,
     simulation,
 )  # fmt: skip
+from fedllm_helpers.config.schema import EDITING, MIXED, RULES
 from fedllm_helpers.messages import settings, to_record
-from fedllm_helpers.schema import RULES
 
 RANK, SHAPES = 4, {"m.q": (11, 7), "m.v": (5, 9)}
 LORA = ["model.lora.peft_lora_r=4", "model.lora.peft_lora_alpha=12"]
@@ -226,7 +226,7 @@ def test_a_fresh_adapter_is_drawn_anew_each_round_from_the_seed_alone():
 
 
 def test_every_hospital_starts_from_the_same_sum_of_all_edits():
-    for rule in rules.EDITING:
+    for rule in EDITING:
         cfg, seen = plan(rule, rounds=3), []
         _, _, base = federate(cfg, client(seen=seen))
         first_two = factors.product(factors.together([base.edits[1], base.edits[2]]))
@@ -379,9 +379,9 @@ def test_masks_change_a_mean_by_their_rounding_alone(rule):
         answer = answers.get(message.metadata.message_type)
         return answer(message, context) if answer else masked_clients.client_mod(message, context, client())
 
-    cfg = plan(rule, "federation.secure_aggregation.value_range=8", rounds=2)
+    cfg, masks = plan(rule, rounds=2), ("threshold=2", "value_range=8")
     open_, _, _ = federate(cfg)
-    hidden, tables, _ = federate(config.load(cfg, "federation.secure_aggregation.threshold=2"), masked)
+    hidden, tables, _ = federate(config.load(cfg, *(f"federation.secure_aggregation.{one}" for one in masks)), masked)
     assert tables.history_frame()["used"].tolist() == [3, 3]
     for key in open_:
         np.testing.assert_allclose(hidden[key], open_[key], atol=1e-5)
@@ -437,7 +437,7 @@ def test_where_nobody_trains_the_servers_adapter_keeps_its_bits_however_it_goes_
 
 @pytest.mark.parametrize("rule", RULES)
 def test_compressed_both_ways_every_rule_comes_near_to_the_open_one(rule):
-    feedback = "federation.compression.error_feedback=" + ("false" if rule in rules.MIXED else "true")
+    feedback = "federation.compression.error_feedback=" + ("false" if rule in MIXED else "true")
     down = "fp32" if rule == "FLoRA" else "int8"
     packed = ["federation.compression.up=int8", f"federation.compression.down={down}", feedback]
     cfg = plan(rule, rounds=2 if rule != "FlexLoRA" else 1)
@@ -494,7 +494,7 @@ def test_the_ledger_counts_what_each_rule_sends(rule, ranks, monkeypatch):
 )
 def test_what_does_not_go_together_is_one_line(rule, more, expected):
     with pytest.raises(ValueError, match=expected) as caught:
-        aggregation.make_strategy(tiny.settings(*LORA, f"federation.aggregation={rule}", *more.split(), hospitals=3))
+        tiny.settings(*LORA, f"federation.aggregation={rule}", *more.split(), hospitals=3)
     assert "\n" not in str(caught.value)
 
 

@@ -21,9 +21,9 @@ from fedllm_helpers import (
     rules,
     simulation,
 )
+from fedllm_helpers.config.schema import RULES
 from fedllm_helpers.evaluation import score_answers
 from fedllm_helpers.messages import base_model, first_adapter
-from fedllm_helpers.schema import RULES
 
 SMALL = (
     "federation.num_clients=2 federation.num_rounds=2 federation.training_arguments.max_steps=1 federation.threads=1 "

@@ -12,6 +12,7 @@ from datasets import Dataset
 from omegaconf import DictConfig
 
 from fedllm_helpers import ontology
+from fedllm_helpers.config import checked
 from fedllm_helpers.data import files, splitting
 from fedllm_helpers.data.columns import to_cards
 from fedllm_helpers.data.contents import SHEETS, SUFFIXES
@@ -35,7 +36,7 @@ def load(cfg: DictConfig) -> tuple[Dataset, Dataset]:
         (train, test). The test part is ``dataset.test``, else the dataset's own, else split off; the latter two are
         empty where ``train.evaluate_split`` is 0.
     """
-    how, share = cfg.dataset, cfg.train.evaluate_split
+    how, share = checked(cfg).dataset, cfg.train.evaluate_split
     cards, own = load_parts(how.name, how.columns, how.test)
     if own is not None and how.test is None and not share:
         logger.warning("%s: its own test part is not used, for train.evaluate_split is 0", how.name)

@@ -3,20 +3,12 @@
 import re
 from typing import TYPE_CHECKING
 
+from fedllm_helpers.config.prompts import CHAT, template
 from fedllm_helpers.data import conversations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# "short" costs few tokens; "course" is the template of Stanford Alpaca (tatsu-lab, 2023), which the course uses.
-PROMPTS = {
-    "short": "Question: {question}\nAnswer:",
-    "course": (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        "\n\n### Instruction:\n{question}\n\n### Response:"
-    ),
-}
-CHAT = "chat"
 GUARD = "\U0010fff0"  # a private character, put into control tokens that are written in a card until the text is cut
 Encoded = tuple[list[int], int, int]  # ids of prompt and answer; where the labels start, and where they end
 
@@ -26,22 +18,14 @@ def format_prompt(question: str, prompt: str = "short") -> str:
 
     Args:
         question: of a card.
-        prompt: one of :data:`PROMPTS`, or a template of one's own with ``{question}``.
+        prompt: one of :data:`fedllm_helpers.config.prompts.PROMPTS`, or a template of one's own with ``{question}``.
 
     Raises:
         ValueError: ``prompt`` is neither; or it is ``chat``, which is a matter of the tokenizer (:func:`prompt_ids`).
     """
     if prompt == CHAT:
         raise ValueError("dataset.prompt=chat is written by the model's tokenizer: use batches.encode or prompt_ids")
-    template = PROMPTS.get(prompt, prompt)
-    fields = re.findall(r"\{+\s*\w*\s*\}+", template)
-    if fields != ["{question}"]:
-        given = f"holds {', '.join(fields)}" if fields else "is unknown"
-        raise ValueError(
-            f"dataset.prompt: {' '.join(prompt[:80].split())!r} {given}: known are {', '.join(PROMPTS)}, {CHAT}, or a "
-            "template of your own with {question} in it, once, and no other field"
-        )
-    return template.rstrip(" ").replace("{question}", question)
+    return template(prompt).rstrip(" ").replace("{question}", question)
 
 
 def as_text(card: dict) -> str:

@@ -5,12 +5,14 @@ from typing import Any
 
 PARTITIONS = ("iid", "specialty", "dirichlet", "quantity")
 NUMBER_FORMATS = ("fp32", "fp16", "int8", "int4")
-STRATEGIES = (  # of flwr.serverapp.strategy, those that combine adapters
-    "FedAvg", "FedAvgM", "FedProx", "FedAdagrad", "FedAdam", "FedYogi",
-    "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan", "QFedAvg",
-)  # fmt: skip
-
+# Strategies of flwr.serverapp.strategy that combine adapters. Those that average need the mean of the replies alone: it
+# is summed up while they come, one in memory. The others compare them all.
+AVERAGING = ("FedAvg", "FedAvgM", "FedProx", "FedAdagrad", "FedAdam", "FedYogi")
+STRATEGIES = (*AVERAGING, "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan", "QFedAvg")
+HIGHEST_RATE = 10  # Adam moves each weight by about the rate in a step: above it nothing is learned
 RULES = ("FedIT", "FFA-LoRA", "RoLoRA", "FLoRA", "FedEx-LoRA", "FlexLoRA", "FedSA-LoRA")  # of combining LoRA factors
+EDITING, MIXED = ("FLoRA", "FedEx-LoRA"), ("FLoRA", "FlexLoRA")  # rules that edit the base; rules for mixed ranks
+BY_PRODUCT = ("FLoRA", "FedEx-LoRA", "FlexLoRA")
 
 
 def _setting(
@@ -40,8 +42,8 @@ class Dataset:
 class Lora:
     """The adapter: which layers get a low-rank update, and how large (Hu et al. 2021, arXiv:2106.09685)."""
 
-    peft_lora_r: int = _setting(16, "rank r of the update B·A", low=1)
-    peft_lora_alpha: int = _setting(64, "α: the update is scaled by α / r", low=1)
+    peft_lora_r: int = _setting(16, "rank r of the update B·A", low=1, high=8192)
+    peft_lora_alpha: int = _setting(64, "α: the update is scaled by α / r", low=1, high=65536)
     use_rslora: bool = _setting(False, "scale by α / √r instead (Kalajdzievski 2023, arXiv:2312.03732)")
     lora_dropout: float = _setting(0.0, "share of the adapter's inputs dropped while training", low=0, high=0.99)
     target_modules: list[str] | None = _setting(
@@ -74,8 +76,10 @@ class Train:
     evaluate_split: bool | int | float = _setting(
         0.1, "share of cards held out; true is 0.1, false none", low=0, high=0.9
     )
-    learning_rate_max: float = _setting(8e-3, "rate of the first round", low=0)
-    learning_rate_min: float = _setting(8e-4, "rate towards which the rounds fall along a cosine", low=0)
+    learning_rate_max: float = _setting(8e-3, "rate of the first round", low=1e-12, high=HIGHEST_RATE)
+    learning_rate_min: float = _setting(
+        8e-4, "rate towards which the rounds fall along a cosine", low=0, high=HIGHEST_RATE
+    )
     training_arguments: dict[str, Any] = _setting(dict, "passed to transformers.TrainingArguments as it is")
 
 
@@ -94,11 +98,13 @@ class RecordPrivacy:
     """DP-SGD at every hospital: hides any one of its cards from whoever sees its adapters."""
 
     epsilon: float | None = _setting(
-        None, "ε of a hospital's cards over all rounds; the noise follows from it", low=1e-6
+        None, "ε of a hospital's cards over all rounds; the noise follows from it", low=1e-6, high=1e4
     )
-    noise_multiplier: float | None = _setting(None, "or the noise of a step, in units of clipping_norm", low=0)
-    clipping_norm: float = _setting(1.0, "largest norm of one card's gradient", low=1e-9)
-    delta: float = _setting(1e-3, "probability that the promise fails; below 1 / cards", low=1e-30, high=0.5)
+    noise_multiplier: float | None = _setting(
+        None, "or the noise of a step, in units of clipping_norm", low=1e-9, high=1e6
+    )
+    clipping_norm: float = _setting(1.0, "largest norm of one card's gradient", low=1e-9, high=1e6)
+    delta: float = _setting(1e-3, "probability that the promise fails; below 1 / cards", low=1e-30, high=0.1)
 
 
 @dataclass
@@ -106,9 +112,9 @@ class ClientPrivacy:
     """Noise on the average: hides any one hospital from whoever sees the average, though not from the server."""
 
     noise_multiplier: float | None = _setting(
-        None, "noise of a round, in units of what one hospital can move; null for none", low=0
+        None, "noise of a round, in units of what one hospital can move; null for none", low=1e-9, high=1e6
     )
-    clipping_norm: float = _setting(1.0, "largest norm of one hospital's update", low=1e-9)
+    clipping_norm: float = _setting(1.0, "largest norm of one hospital's update", low=1e-9, high=1e6)
     delta: float = _setting(1e-2, "probability that the promise fails; below 1 / hospitals", low=1e-30, high=0.5)
     weights: str = _setting("uniform", "of the hospitals in the average", choices=("uniform", "cards"))
 
@@ -127,15 +133,17 @@ class SecureAggregation:
     """The server learns the sum of the updates and no single one; see :mod:`fedllm_helpers.secure_aggregation`."""
 
     threshold: int | None = _setting(None, "hospitals without which no sum can be opened; null for no masks", low=2)
-    value_range: float = _setting(1.0, "largest magnitude of an update's value; what is larger is cut", low=1e-9)
+    value_range: float = _setting(
+        1.0, "largest magnitude of an update's value; what is larger is cut", low=1e-9, high=1e6
+    )
 
 
 @dataclass
 class Federation:
     """Which hospitals train together, on what, for how long, and how their adapters are combined."""
 
-    num_clients: int = _setting(6, "hospitals", low=1)
-    num_rounds: int = _setting(4, "rounds of train, send, average", low=1)
+    num_clients: int = _setting(6, "hospitals", low=1, high=1_000_000)
+    num_rounds: int = _setting(4, "rounds of train, send, average", low=1, high=1_000_000)
     fraction_train: float = _setting(1.0, "share of the hospitals asked in a round", low=1e-9, high=1)
     fraction_evaluate: float = _setting(
         0.0, "share of them asked to score the average on their own cards", low=0, high=1
@@ -144,9 +152,9 @@ class Federation:
     max_cards: int = _setting(
         1_000_000, "most cards that a hospital may claim as its weight; a reply with more is left out", low=1
     )
-    timeout: float = _setting(3600.0, "seconds to wait for the hospitals of a round", low=1)
+    timeout: float = _setting(3600.0, "seconds to wait for the hospitals of a round", low=1, high=31_536_000)
     partition: str = _setting("specialty", "how cards lie over the hospitals", choices=PARTITIONS)
-    dirichlet_alpha: float = _setting(0.5, "α of partition dirichlet: small is uneven", low=1e-3)
+    dirichlet_alpha: float = _setting(0.5, "α of partition dirichlet: small is uneven", low=1e-3, high=1e6)
     aggregation: str = _setting("FedIT", "what of the LoRA factors is sent and combined", choices=RULES)
     ranks: list[int] | None = _setting(None, "rank of each hospital, with FLoRA or FlexLoRA; null: the same for all")
     strategy: str = _setting("FedAvg", "how the server combines adapters, by Flower's name", choices=STRATEGIES)
@@ -154,7 +162,9 @@ class Federation:
     training_arguments: dict[str, Any] = _setting(dict, "in place of train.training_arguments, within a round")
     evaluate_every: int = _setting(1, "rounds between two evaluations on the server; 0 for none", low=0)
     evaluate_cards: int | None = _setting(48, "held-out cards for them; null for all", low=2)
-    threads: int | None = _setting(None, "CPU threads of a hospital; null for as many as the process has", low=1)
+    threads: int | None = _setting(
+        None, "CPU threads of a hospital; null for as many as the process has", low=1, high=4096
+    )
     compression: Compression = field(default_factory=Compression)
     privacy: Privacy = field(default_factory=Privacy)
     secure_aggregation: SecureAggregation = field(default_factory=SecureAggregation)
@@ -164,7 +174,9 @@ class Federation:
 class Config:
     """All settings of a run."""
 
-    seed: int = _setting(0, "seeds the split, the subset, the adapter's start and the order of the cards", low=0)
+    seed: int = _setting(
+        0, "seeds the split, the subset, the adapter's start and the order of the cards", low=0, high=2**32 - 1
+    )
     dataset: Dataset = field(default_factory=Dataset)
     model: Model = field(default_factory=Model)
     train: Train = field(default_factory=Train)

@@ -1,0 +1,235 @@
+"""Configuration: the course's YAML keys, typed and checked before anything is downloaded or trained."""
+
+import difflib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ReadonlyConfigError
+
+from fedllm_helpers.config import contradictions, prompts, training_arguments
+from fedllm_helpers.config.schema import Config
+
+PRESETS = ("cpu", "course", "gpu")
+CONF = Path(str(files("fedllm_helpers") / "conf"))
+
+
+def load(source: str | Path | DictConfig = "cpu", *overrides: str, **named: Any) -> DictConfig:
+    """Read a configuration and check every value. Taught in notebook 02.
+
+    Args:
+        source: a preset (``cpu``, ``course``, ``gpu``), the path of a YAML file, or a configuration to change.
+        overrides: ``"key.path=value"``, applied last.
+        named: nothing; whoever writes ``seed=3`` here is told how to say it.
+
+    Returns:
+        A read-only, typed ``DictConfig`` with the fields of :class:`Config`.
+
+    Raises:
+        ValueError: unknown preset or key, wrong type, impossible value, values that contradict each other, or one that
+            would have no effect: one line that names what is allowed.
+        FileNotFoundError: the YAML file does not exist.
+    """
+    if named:
+        key, value = next(iter(named.items()))
+        raise ValueError(f"{key}={value!r}: settings are given as texts, as in config.load('cpu', 'seed=3')")
+    changes = _changes(overrides)
+    try:
+        given = source if isinstance(source, DictConfig) else _read(source)
+        config = OmegaConf.structured(Config)
+        config = OmegaConf.merge(config, given, changes)
+        OmegaConf.set_readonly(config, False)  # merged from a configuration that is
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise ValueError(_one_line(error)) from None
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+        raise ValueError(f"{source} cannot be read as YAML settings: {' '.join(str(error).split())}") from None
+    said = set(_leaves(changes))
+    _check(config, Config)
+    if config.dataset.prompt != prompts.CHAT:
+        prompts.template(config.dataset.prompt)
+    for section in ("train", "federation"):
+        arguments, where = config[section].training_arguments, f"{section}.training_arguments."
+        try:
+            training_arguments.settle(arguments, {key.removeprefix(where) for key in said if key.startswith(where)})
+        except ValueError as error:
+            raise ValueError(f"{where}{error}") from None
+        training_arguments.check(arguments, section)
+    contradictions.check(config, said)
+    OmegaConf.set_readonly(config, True)
+    return _sealed(config)
+
+
+def checked(cfg: DictConfig) -> DictConfig:
+    """The configuration itself; for functions that take one.
+
+    Raises:
+        ValueError: it is something else, such as the name of a preset, or a part of a configuration.
+    """
+    if not isinstance(cfg, DictConfig) or not {"dataset", "model", "train", "federation"} <= cfg.keys():
+        given = f"a part of a configuration, {cfg.keys()}" if isinstance(cfg, DictConfig) else repr(cfg)
+        raise ValueError(f"expected a whole configuration, as config.load('cpu') makes it, not {given[:80]}")
+    return cfg
+
+
+class _Sealed(DictConfig):
+    """A read-only part of a configuration: whoever sets a field is told, in one line, how to change it."""
+
+    def _format_and_raise(self, key: Any, value: Any, cause: Exception, *rest: Any, **kw: Any) -> None:
+        if isinstance(cause, ReadonlyConfigError):
+            raise ReadonlyConfigError(_how_to_change(self._get_full_key(key))) from None
+        super()._format_and_raise(key, value, cause, *rest, **kw)
+
+
+class _SealedList(ListConfig):
+    """The same for a list."""
+
+    def _format_and_raise(self, key: Any, value: Any, cause: Exception, *rest: Any, **kw: Any) -> None:
+        if isinstance(cause, ReadonlyConfigError):
+            raise ReadonlyConfigError(_how_to_change(self._get_full_key(None))) from None
+        super()._format_and_raise(key, value, cause, *rest, **kw)
+
+
+def _how_to_change(key: str) -> str:
+    key = key or "key.path"
+    return f"{key}: a configuration stays as it is; config.load(cfg, '{key}=…') gives a changed one"
+
+
+def _sealed(part: Any) -> Any:
+    """The same part, whose class says how it is changed: OmegaConf knows no other place for a message."""
+    if isinstance(part, (DictConfig, ListConfig)) and not part._is_none():
+        for key in part if isinstance(part, DictConfig) else range(len(part)):
+            _sealed(part._get_node(key))
+        object.__setattr__(part, "__class__", _Sealed if isinstance(part, DictConfig) else _SealedList)
+    return part
+
+
+def explain(config: DictConfig) -> pd.DataFrame:
+    """One row per setting: its key, its value here, and what it means. Taught in notebook 02.
+
+    Args:
+        config: from :func:`load`.
+
+    Returns:
+        A table with the columns ``key``, ``value`` and ``meaning``.
+
+    Raises:
+        ValueError: it is no configuration.
+    """
+    config, rows, meanings = checked(config), [], OmegaConf.load(CONF / "training_arguments.yaml")
+    for key, setting in _settings(Config):
+        value = OmegaConf.select(config, key)
+        if isinstance(value, DictConfig):
+            rows += [
+                (f"{key}.{name}", item, meanings.get(name, setting.metadata["meaning"])) for name, item in value.items()
+            ]
+        else:
+            rows.append((key, value, setting.metadata["meaning"]))
+    return pd.DataFrame(rows, columns=["key", "value", "meaning"])
+
+
+def _settings(schema: type, prefix: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for item in fields(schema):
+        found += (
+            _settings(item.type, f"{prefix}{item.name}.") if is_dataclass(item.type) else [(prefix + item.name, item)]
+        )
+    return found
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _changes(overrides: tuple) -> DictConfig:
+    changes, right = OmegaConf.create(), "expected 'key.path=value', as in 'seed=3'"
+    for override in overrides:
+        if not isinstance(override, str):
+            raise ValueError(f"override {str(override)[:80]!r}: {right}, each a text of its own")
+        key, equals, value = (part.strip(" ") for part in override.partition("="))
+        if not equals or not key or key.startswith("-"):
+            raise ValueError(f"override {override!r}: {right}")
+        try:
+            changes.merge_with_dotlist([f"{key}={_verbatim(key, value)}"])
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ValueError(f"override {override!r}: {' '.join(str(error).split())}") from None
+    return changes
+
+
+def _verbatim(key: str, value: str) -> str:
+    """A path, a column or a template as it was typed: YAML would cut it at " #" and read "Answer: x" as a mapping."""
+    text = key in ("dataset.name", "dataset.test", "dataset.prompt") or key.startswith("dataset.columns.")
+    as_it_is = not text or value in ("", "null") or value.startswith(("'", '"', "${"))
+    return value if as_it_is else json.dumps(value)
+
+
+def _leaves(part: DictConfig, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of what a call gave."""
+    for key in part:
+        node = part._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none():
+            yield from _leaves(node, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _read(source: str | Path) -> DictConfig:
+    if not isinstance(source, (str, Path)):
+        raise ValueError(
+            f"source {str(source)[:80]!r}: expected {', '.join(PRESETS)}, the path of a .yaml file, or a configuration"
+        )
+    path = Path(source).expanduser()
+    if path.suffix.lower() not in {".yaml", ".yml"}:
+        if str(source) not in PRESETS:
+            raise ValueError(
+                f"unknown preset {str(source)!r}{_nearest(str(source), list(PRESETS))} (or a path to a .yaml file)"
+            )
+        path = CONF / f"{source}.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration file at {path}")
+    try:
+        found = OmegaConf.load(path)
+    except OSError as error:  # OmegaConf's word for a file that holds a single value
+        raise ValueError(f"{path} cannot be read as YAML settings: {error}") from None
+    if not found:
+        raise ValueError(f"{path} is empty: expected settings, as in {CONF / 'cpu.yaml'}")
+    return found
+
+
+def _one_line(error: OmegaConfBaseException) -> str:
+    key, first = error.full_key or "", str(error).splitlines()[0]
+    if "not in" in first:
+        names = [name for name, _ in _settings(Config)]
+        homes = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
+        depth = key.count(".") + 1  # 'modle' is compared with 'model', not with 'model.name'
+        known = {".".join(name.split(".")[:depth]) for name in names if name.count(".") >= depth - 1}
+        return f"unknown key {key!r}" + (f"; did you mean {homes[0]!r}?" if homes else _nearest(key, sorted(known)))
+    wanted = dict(_settings(Config)).get(key)
+    return f"{key}: {first}" + (f"; expected {wanted.type} ({wanted.metadata['meaning']})" if wanted else "")
+
+
+def _check(config: DictConfig, schema: type) -> None:
+    for key, setting in _settings(schema):
+        value, limits = OmegaConf.select(config, key), setting.metadata
+        if limits["choices"] and value not in limits["choices"]:
+            allowed = ", ".join("null" if choice is None else str(choice) for choice in limits["choices"])
+            raise ValueError(f"{key}={value}: allowed are {allowed}")
+        items = value if isinstance(value, ListConfig) else [value]
+        if not len(items) or any(isinstance(item, str) and not item.strip() for item in items):
+            raise ValueError(f"{key}={value}: it is empty; expected {setting.metadata['meaning']}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        low, high = limits["low"], limits["high"]
+        fits = math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high)
+        if not fits:
+            between = f"from {low} to {high}" if high is not None else f"{low} or more"
+            between += "" if setting.default is not None else ", or null"
+            raise ValueError(f"{key}={value}: allowed is {between}")

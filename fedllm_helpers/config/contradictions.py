@@ -1,0 +1,248 @@
+"""Settings that do not go together, and settings without an effect: all of them, from the configuration alone.
+
+What needs the cards or the model is said where they are known: batches and promises by
+:func:`fedllm_helpers.client_app.check_cards`, ranks by :func:`fedllm_helpers.rules.check_shapes`.
+"""
+
+import logging
+from dataclasses import fields
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from fedllm_helpers.config import strategy_arguments, training_arguments
+from fedllm_helpers.config.schema import (
+    AVERAGING,
+    BY_PRODUCT,
+    EDITING,
+    MIXED,
+    ClientPrivacy,
+    RecordPrivacy,
+    SecureAggregation,
+)
+
+logger = logging.getLogger(__name__)
+# strategies that keep no factors from one round to the next
+FORGETFUL = ("FedAvg", "FedProx", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan", "QFedAvg")
+# training arguments that have an effect only where another one has, or has not, a value
+BESIDE = {
+    "logging_steps": ("logging_strategy", "steps", ("steps",)),
+    "save_steps": ("save_strategy", "steps", ("steps",)),
+    "save_total_limit": ("save_strategy", "steps", ("steps", "epoch")),
+    "output_dir": ("save_strategy", "steps", ("steps", "epoch")),
+}
+
+
+def check(cfg: DictConfig, said: set[str] = frozenset()) -> None:
+    """Raise ValueError, in one line, for settings that contradict each other or would do nothing.
+
+    Args:
+        cfg: every value of which is within its own limits.
+        said: keys that the call itself gave: where one of them does nothing beside a preset's other settings, it is
+            refused; a preset's own may stand idle.
+    """
+    _check_rounds(cfg)
+    _check_training(cfg, said)
+    _check_privacy(cfg)
+    _check_promises(cfg)
+    _check_strategy(cfg)
+    strategy_arguments.check(cfg.federation, asked(cfg))
+    _check_rule(cfg)
+
+
+def asked(cfg: DictConfig) -> int:
+    """How many hospitals a round asks."""
+    return max(1, round(cfg.federation.fraction_train * cfg.federation.num_clients))
+
+
+def within_a_round(cfg: DictConfig) -> dict[str, Any]:
+    """The training arguments of a round: the federation's over those of a single training."""
+    return OmegaConf.to_container(OmegaConf.merge(cfg.train.training_arguments, cfg.federation.training_arguments))
+
+
+def _check_rounds(cfg: DictConfig) -> None:
+    if cfg.train.learning_rate_min > cfg.train.learning_rate_max:
+        raise ValueError(
+            f"train.learning_rate_min={cfg.train.learning_rate_min} is above "
+            f"train.learning_rate_max={cfg.train.learning_rate_max}: the rate falls over the rounds"
+        )
+    if cfg.federation.min_replies > asked(cfg):
+        raise ValueError(f"federation.min_replies={cfg.federation.min_replies}: a round asks {asked(cfg)} hospitals")
+    if cfg.federation.partition != "dirichlet" and cfg.federation.dirichlet_alpha != 0.5:
+        said = f"federation.dirichlet_alpha={cfg.federation.dirichlet_alpha} has no effect"
+        logger.warning("%s beside federation.partition=%s", said, cfg.federation.partition)
+
+
+def _check_training(cfg: DictConfig, said: set[str]) -> None:
+    own = OmegaConf.to_container(cfg.train.training_arguments)
+    for section, given in (("train", own), ("federation", within_a_round(cfg))):
+        where, mine = f"{section}.training_arguments", OmegaConf.to_container(cfg[section].training_arguments)
+        said_here = {name for name, value in mine.items() if f"{where}.{name}" in said and value is not None}
+        for name in sorted(said_here & BESIDE.keys()):
+            other, default, allowed = BESIDE[name]
+            value = given.get(other) or default
+            if value not in allowed:
+                raise ValueError(
+                    f"{where}.{name} has no effect beside {other}={value}; allowed are {', '.join(allowed)}"
+                )
+        if "run_name" in said_here and not training_arguments.trackers(given.get("report_to")):
+            raise ValueError(f"{where}.run_name has no effect without a tracker; set report_to")
+        if mine.get("warmup_steps") and given.get("lr_scheduler_type") == "constant":
+            raise ValueError(
+                f"{where}.warmup_steps={mine['warmup_steps']} has no effect beside lr_scheduler_type=constant; set "
+                "that to constant_with_warmup"
+            )
+        optimizer = given.get("optim") or "adamw_torch_fused"
+        for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+            if mine.get(name) is not None and name not in training_arguments.OPTIMIZERS[optimizer]:
+                raise ValueError(f"{where}.{name} has no effect beside optim={optimizer}; leave it out")
+
+
+def _promises(cfg: DictConfig) -> tuple[bool, bool, bool]:
+    """Whether there is DP-SGD, noise on the average, and masks."""
+    how = cfg.federation.privacy
+    private = how.record.epsilon is not None or how.record.noise_multiplier is not None
+    return private, how.client.noise_multiplier is not None, cfg.federation.secure_aggregation.threshold is not None
+
+
+def _check_privacy(cfg: DictConfig) -> None:
+    how, secure = cfg.federation.privacy, cfg.federation.secure_aggregation.threshold
+    if how.record.epsilon is not None and how.record.noise_multiplier is not None:
+        raise ValueError(
+            f"federation.privacy.record: epsilon={how.record.epsilon} and "
+            f"noise_multiplier={how.record.noise_multiplier} are both set; the one follows from the other, so set one"
+        )
+    if any(_promises(cfg)):
+        _check_silence(cfg)
+    if _promises(cfg)[0]:
+        _check_dp_sgd(cfg)
+    if secure and not cfg.federation.compression.up == "fp32":
+        raise ValueError("federation.compression.up: masked updates have a format of their own; set it to fp32")
+    if secure and cfg.federation.compression.keep < 1:
+        raise ValueError("federation.compression.keep: the largest values are not the same everywhere; set it to 1")
+    if secure and not asked(cfg) / 2 < secure <= asked(cfg):
+        raise ValueError(
+            f"federation.secure_aggregation.threshold={secure}: a round asks {asked(cfg)} hospitals; allowed is more "
+            "than half of them, up to all"
+        )
+    if how.client.noise_multiplier is not None and how.client.delta >= 1 / cfg.federation.num_clients:
+        raise ValueError(
+            f"federation.privacy.client.delta={how.client.delta} is not below 1 / {cfg.federation.num_clients} "
+            "hospitals: it promises nothing; make it smaller"
+        )
+
+
+def _check_silence(cfg: DictConfig) -> None:
+    """Where privacy is promised, losses stay with those who have the cards."""
+    if cfg.federation.strategy == "QFedAvg":
+        raise ValueError("federation.strategy=QFedAvg: it weights by losses, and with privacy they stay at home")
+    if cfg.federation.fraction_evaluate:
+        raise ValueError(
+            f"federation.fraction_evaluate={cfg.federation.fraction_evaluate}: hospitals' losses would leave "
+            "unprotected; set it to 0, the server scores its own cards"
+        )
+    if training_arguments.trackers(within_a_round(cfg).get("report_to")):
+        raise ValueError(
+            "federation.training_arguments.report_to: hospitals' losses would leave unprotected; set it to none"
+        )
+
+
+def _check_dp_sgd(cfg: DictConfig) -> None:
+    given, where = within_a_round(cfg), "federation.training_arguments"
+    if given.get("max_steps", -1) < 1:
+        raise ValueError(f"{where}.max_steps: DP-SGD counts its steps beforehand; set it from 1")
+    if given.get("gradient_accumulation_steps", 1) != 1:
+        raise ValueError("gradient_accumulation_steps: DP-SGD takes one batch a step; set it to 1")
+    for name, why in (
+        ("max_grad_norm", "each card's gradient is clipped instead, to federation.privacy.record.clipping_norm"),
+        ("train_sampling_strategy", "every step draws its cards by chance"),
+    ):
+        if given.get(name) is not None:
+            raise ValueError(f"{where}.{name}={given[name]}: it has no effect with DP-SGD, where {why}; set it to null")
+    if cfg.model.gradient_checkpointing:
+        raise ValueError("model.gradient_checkpointing=true: per-card gradients need the activations; set it to false")
+    if cfg.federation.strategy == "FedProx":
+        raise ValueError("federation.strategy=FedProx: its pull would be added to gradients that are clipped and noisy")
+
+
+def _check_promises(cfg: DictConfig) -> None:
+    """What someone set about a protection that is not there: they believe in a promise that nobody keeps."""
+    how, (private, noisy, masked) = cfg.federation, _promises(cfg)
+    for there, key, schema, settings, needed in (
+        (private, "privacy.record", RecordPrivacy, how.privacy.record, "epsilon or noise_multiplier"),
+        (noisy, "privacy.client", ClientPrivacy, how.privacy.client, "noise_multiplier"),
+        (masked, "secure_aggregation", SecureAggregation, how.secure_aggregation, "threshold"),
+    ):
+        for item in () if there else fields(schema):
+            if settings[item.name] != item.default:
+                raise ValueError(
+                    f"federation.{key}.{item.name}={settings[item.name]}: nothing is protected without {needed}; set "
+                    f"that, too, or leave this at {item.default}"
+                )
+
+
+def _check_strategy(cfg: DictConfig) -> None:
+    name, (_, noisy, masked), keep = cfg.federation.strategy, _promises(cfg), cfg.federation.compression.keep
+    if (noisy or masked) and name not in AVERAGING:
+        raise ValueError(
+            f"federation.strategy={name}: it compares replies, and noise or masks need a mean; allowed are "
+            f"{', '.join(AVERAGING)}"
+        )
+    if keep < 1 and name not in AVERAGING:
+        raise ValueError(
+            f"federation.compression.keep={keep} with {name}: it compares replies number by number, and few were sent "
+            f"by several; allowed are 1, or one of {', '.join(AVERAGING)}"
+        )
+
+
+def _check_rule(cfg: DictConfig) -> None:
+    how = cfg.federation
+    rule, where = how.aggregation, f"federation.aggregation={how.aggregation}"
+    if how.ranks is not None:
+        _check_ranks(cfg)
+    if rule in EDITING and cfg.model.quantization is not None:
+        bits = f"model.quantization={cfg.model.quantization}"
+        raise ValueError(f"{where}: it edits the base model, and {bits} cannot hold an edit; set that to null")
+    if rule in EDITING and {"lm_head", "embed_out"} & set(cfg.model.lora.target_modules or ()):
+        raise ValueError(f"{where}: the last layer may share its weights with the first one, and is not edited")
+    if rule in BY_PRODUCT:
+        _check_products(cfg, where)
+    if rule == "RoLoRA" and how.strategy not in FORGETFUL:
+        raise ValueError(
+            f"{where}: {how.strategy} remembers both factors, and one rests; allowed are {', '.join(FORGETFUL)}"
+        )
+
+
+def _check_ranks(cfg: DictConfig) -> None:
+    how, ranks, largest = cfg.federation, cfg.federation.ranks, cfg.model.lora.peft_lora_r
+    if how.aggregation not in MIXED:
+        raise ValueError(
+            f"federation.ranks: {how.aggregation} needs equal ranks; set it to null, or take {' or '.join(MIXED)}"
+        )
+    if len(ranks) != how.num_clients:
+        raise ValueError(f"federation.ranks: {len(ranks)} ranks for {how.num_clients} hospitals; give one for each")
+    odd = next((r for r in ranks if not 1 <= r <= largest), None)
+    if odd is not None:
+        raise ValueError(f"federation.ranks: {odd}; allowed are 1 to model.lora.peft_lora_r={largest}")
+    if _promises(cfg)[0]:
+        raise ValueError("federation.ranks: DP-SGD would add noise to ranks that a hospital has not; set it to null")
+
+
+def _check_products(cfg: DictConfig, where: str) -> None:
+    how, (_, noisy, masked) = cfg.federation, _promises(cfg)
+    if how.strategy not in ("FedAvg", "FedProx"):
+        raise ValueError(f"{where}: it combines products itself; allowed strategies are FedAvg and FedProx")
+    if noisy or masked:
+        raise ValueError(
+            f"{where}: masks, and noise on the average, need a mean of what is sent: take FFA-LoRA or FedIT"
+        )
+    if how.aggregation == "FLoRA" and how.compression.down != "fp32":
+        raise ValueError(
+            f"{where}: stacks come down, and they are not compressed; set federation.compression.down=fp32"
+        )
+    packed = how.compression.up != "fp32" or how.compression.keep < 1
+    if how.aggregation in MIXED and packed and how.compression.error_feedback:
+        raise ValueError(
+            f"{where}: its factors are others in every round, so that what one update lost does not fit the next; set "
+            "federation.compression.error_feedback to false"
+        )
