@@ -29,6 +29,7 @@ from fedllm_helpers.evaluation import score_answers
 from fedllm_helpers.messages import base_model, cpu_threads, settings, to_record
 
 logger = logging.getLogger(__name__)
+TIMES = 8  # a card stands in a batch at most: a hospital with few cards takes part with the batch of the others
 app = ClientApp(mods=[packing.client_mod, client_mod, masked_clients.client_mod])
 app.query("shares")(masked_clients.shares)
 app.query("reveal")(masked_clients.reveal)
@@ -168,7 +169,9 @@ def check_cards(cfg: DictConfig) -> None:
     for hospital in range(cfg.federation.num_clients):
         cards = own_cards(cfg, hospital)[0]
         if accounting.record_privacy(cfg, len(cards)) is None:
-            cards_of_round(cards, cfg, 1, hospital)
+            batch = len(_first_batch(cards_of_round(cards, cfg, 1, hospital), training.round_config(cfg)))
+            if batch > len(cards):
+                logger.warning("hospital %d has %d cards: a batch of %d repeats some", hospital, len(cards), batch)
 
 
 def cards_of_round(cards: Dataset, cfg: DictConfig, number: int, hospital: int = 0) -> Dataset:
@@ -183,16 +186,16 @@ def cards_of_round(cards: Dataset, cfg: DictConfig, number: int, hospital: int =
         hospital: mixed into the seed.
 
     Raises:
-        ValueError: a batch is larger than the hospital: it would hold a card several times.
+        ValueError: a batch is many times larger than the hospital.
     """
     arguments = training.round_config(cfg).train.training_arguments
     steps, batch = arguments.get("max_steps", -1), arguments.get("per_device_train_batch_size", 8)
     if steps < 1:
         return cards
-    if batch > len(cards):
+    if batch > TIMES * len(cards):
         raise ValueError(
             f"federation.training_arguments.per_device_train_batch_size={batch}: hospital {hospital} has {len(cards)} "
-            "cards; allowed are 1 to that"
+            f"cards, and each would stand more than {TIMES} times in a batch; allowed are 1 to that"
         )
     wanted = steps * batch * arguments.get("gradient_accumulation_steps", 1)
     first, last = (number - 1) * wanted, number * wanted

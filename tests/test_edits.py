@@ -7,6 +7,7 @@ import pytest
 from test_rules import client, federate, first, plan
 
 from fedllm_helpers import compression, factors, rules, simulation
+from fedllm_helpers.config.schema import EDITING
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +41,7 @@ class Forgetful(simulation.InProcessGrid):
         return super()._deliver(message)
 
 
-@pytest.mark.parametrize("rule", rules.EDITING)
+@pytest.mark.parametrize("rule", EDITING)
 @pytest.mark.parametrize("how", ["all there", "absent once", "absent twice", "started anew", "sampled", "evaluated"])
 def test_a_node_has_the_same_bits_whenever_it_got_the_edits(rule, how):
     more = {"sampled": ["federation.fraction_train=0.67"], "evaluated": ["federation.fraction_evaluate=1.0"]}
@@ -54,7 +55,7 @@ def test_a_node_has_the_same_bits_whenever_it_got_the_edits(rule, how):
     assert same(base.summed(), by_hand(base, 6)), "and so has the server, which scores with it"
 
 
-@pytest.mark.parametrize("rule", rules.EDITING)
+@pytest.mark.parametrize("rule", EDITING)
 def test_an_edit_is_written_once_and_a_round_does_not_grow(rule, tmp_path):
     federate(plan(rule, rounds=3), folder=tmp_path)
     old = tmp_path / "edit-000001.safetensors"

@@ -206,3 +206,22 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path):
     gone, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive, "they would wait for work for ever"
     grid.stdin.close(), grid.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["federated", "--processes", "0"], "--processes 0: allowed are whole numbers from 1"),
+        (["federated", "--seeds", "-1"], "--seeds -1: allowed are different whole numbers"),
+        (["privacy", "--seeds", "1", "1"], "--seeds 1 1: allowed are different"),
+        (["views", "--quick"], "belong to analysis"),
+        (["analysis", "--arms", "nope"], "unknown arm 'nope'"),
+        (["federated", "--folder", __file__], "it is a file"),
+        (["everything"], "invalid choice"),
+    ],
+)
+def test_a_wrong_command_ends_at_once(given, says, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["experiments", *given])
+    with pytest.raises(SystemExit) as caught:
+        experiments.main()
+    assert caught.value.code == 2 and says in capsys.readouterr().err

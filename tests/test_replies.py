@@ -11,6 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.serverapp import strategy as strategies
 
 from fedllm_helpers import compression, config, nodes, rounds, rules, screening, simulation, tables, training
+from fedllm_helpers.config.schema import BY_PRODUCT
 from fedllm_helpers.messages import message_bytes, to_record
 from fedllm_helpers.screening import printable, screen
 
@@ -244,7 +245,7 @@ def test_the_others_rounds_come_to_what_they_would_alone(strategy, caplog):
     assert np.nanmax(figures.to_numpy(float)) < 1e4 and np.nanmin(figures.to_numpy(float)) >= 0
 
 
-@pytest.mark.parametrize("rule", ["FedIT", *rules.BY_PRODUCT])
+@pytest.mark.parametrize("rule", ["FedIT", *BY_PRODUCT])
 def test_the_rules_of_products_go_on_with_the_others(rule, monkeypatch):
     for module in (rules, compression):
         monkeypatch.setattr(module, "first_adapter", test_rules.first)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from test_run_folders import write_model
 
-from fedllm_helpers import client_app, config, rules, simulation
-from fedllm_helpers.schema import RULES
+from fedllm_helpers import client_app, config, simulation
+from fedllm_helpers.config.schema import BY_PRODUCT, EDITING, MIXED, RULES
 
 SMALL = (
     "federation.num_clients=2 federation.num_rounds=2 federation.training_arguments.max_steps=1 federation.threads=1 "
@@ -23,13 +23,13 @@ KINDS = {
 NO_FEEDBACK = "federation.compression.error_feedback=false"
 CLOCKS = ["seconds", "train_seconds", "bytes_down"]  # a node that went on has lost its edits, and gets them all again
 QUICK = [("FLoRA", "plain")]
-TABLE = [(rule, kind) for rule in RULES for kind in KINDS if kind != "masks" or rule not in rules.BY_PRODUCT]
+TABLE = [(rule, kind) for rule in RULES for kind in KINDS if kind != "masks" or rule not in BY_PRODUCT]
 
 
 def settings(rule, kind, *more):
-    rounds = 3 if rule in rules.EDITING else 2  # the third is the first that starts from two edits
+    rounds = 3 if rule in EDITING else 2  # the third is the first that starts from two edits
     changes = [*KINDS[kind].split(), f"federation.aggregation={rule}", f"federation.num_rounds={rounds}", *more]
-    if kind == "int4" and rule in rules.MIXED:  # its factors are others in every round
+    if kind == "int4" and rule in MIXED:  # its factors are others in every round
         changes.append(NO_FEEDBACK)
     return config.load("cpu", *SMALL.split(), *changes)
 
@@ -66,7 +66,7 @@ def check(cfg, folder, *moments):
         same(own, again.personal[hospital])
     assert whole.clients.drop(columns=CLOCKS).equals(again.clients.drop(columns=CLOCKS))
     names = [sorted(path.name for path in (folder / part).glob("*.safetensors")) for part in ("whole", "parts")]
-    edits = cfg.federation.num_rounds if cfg.federation.aggregation in rules.EDITING else 0
+    edits = cfg.federation.num_rounds if cfg.federation.aggregation in EDITING else 0
     assert names[0] == names[1] and len(names[0]) == 2 + edits
     return again
 
@@ -94,7 +94,7 @@ def test_every_rule_goes_on_to_the_same_bits_on_the_real_model(rule, kind, tmp_p
 
 
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.processes)])
-@pytest.mark.parametrize("rule", rules.EDITING)
+@pytest.mark.parametrize("rule", EDITING)
 def test_edits_over_five_rounds_killed_again_and_again_with_some_absent(rule, real, small_model, tmp_path):
     more = ["federation.num_rounds=5", "federation.num_clients=3", "federation.fraction_train=0.67"]
     cfg = settings(rule, "plain", *more, "federation.partition=iid", *([] if real else [small_model]))

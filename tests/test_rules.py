@@ -326,7 +326,7 @@ def test_a_round_that_failed_leaves_compressed_flora_at_the_right_start(caplog):
     assert apart(learned(small, adapter, other), learned(cfg, plain, base)) < 2e-3
 
 
-@pytest.mark.parametrize("rule", rules.BY_PRODUCT)
+@pytest.mark.parametrize("rule", BY_PRODUCT)
 @pytest.mark.parametrize("value", [1e19, 3e37])
 def test_a_hospital_whose_product_would_overflow_is_left_out(rule, value):
     """The others' rounds come to what they would without it, edits of the base model included."""

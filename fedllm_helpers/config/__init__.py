@@ -212,6 +212,8 @@ def _one_line(error: OmegaConfBaseException) -> str:
         depth = key.count(".") + 1  # 'modle' is compared with 'model', not with 'model.name'
         known = {".".join(name.split(".")[:depth]) for name in names if name.count(".") >= depth - 1}
         return f"unknown key {key!r}" + (f"; did you mean {homes[0]!r}?" if homes else _nearest(key, sorted(known)))
+    if not key:  # a section that is none
+        return f"the settings do not fit into {', '.join(item.name for item in fields(Config))}: {first[:120]}"
     wanted = dict(_settings(Config)).get(key)
     return f"{key}: {first}" + (f"; expected {wanted.type} ({wanted.metadata['meaning']})" if wanted else "")
 

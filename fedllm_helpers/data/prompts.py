@@ -3,7 +3,7 @@
 import re
 from typing import TYPE_CHECKING
 
-from fedllm_helpers.config.prompts import CHAT, template
+from fedllm_helpers.config.prompts import CHAT, PROMPTS, template
 from fedllm_helpers.data import conversations
 
 if TYPE_CHECKING:
