@@ -163,6 +163,20 @@ def _kind(arm: str) -> str:
     return "/".join(arm.split("/")[:2])
 
 
+def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    unknown = sorted(set(arguments.arms or ()) - set(ANALYSIS))
+    if unknown:
+        parser.error(f"unknown arm {unknown[0]!r}: known are {', '.join(ANALYSIS)}")
+    if arguments.processes < 1:
+        parser.error(f"--processes {arguments.processes}: allowed are whole numbers from 1")
+    if min(arguments.seeds) < 0 or len(set(arguments.seeds)) < len(arguments.seeds):
+        parser.error(f"--seeds {' '.join(map(str, arguments.seeds))}: allowed are different whole numbers from 0")
+    if arguments.grid != "analysis" and (arguments.arms or arguments.quick):
+        parser.error(f"--arms and --quick belong to analysis, and {arguments.grid} runs all of its arms")
+    if arguments.folder.is_file():
+        parser.error(f"--folder {arguments.folder}: it is a file; expected a folder")
+
+
 def main() -> None:
     """Command line of the grids."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -175,17 +189,7 @@ def main() -> None:
         "--quick", action="store_true", help="analysis only: few cards, one seed, two minutes, into build"
     )
     arguments = parser.parse_args()
-    unknown = sorted(set(arguments.arms or ()) - set(ANALYSIS))
-    if unknown:
-        parser.error(f"unknown arm {unknown[0]!r}: known are {', '.join(ANALYSIS)}")
-    if arguments.processes < 1:
-        parser.error(f"--processes {arguments.processes}: allowed are whole numbers from 1")
-    if min(arguments.seeds) < 0 or len(set(arguments.seeds)) < len(arguments.seeds):
-        parser.error(f"--seeds {' '.join(map(str, arguments.seeds))}: allowed are different whole numbers from 0")
-    if arguments.grid != "analysis" and (arguments.arms or arguments.quick):
-        parser.error(f"--arms and --quick belong to analysis, and {arguments.grid} runs all of its arms")
-    if arguments.folder.is_file():
-        parser.error(f"--folder {arguments.folder}: it is a file; expected a folder")
+    _check(parser, arguments)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if arguments.grid == "analysis":
         seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds

@@ -98,6 +98,7 @@ def choose(
     questions: list[dict],
     *,
     prompt: str = "short",
+    seq_length: int = 512,
     description: str | None = None,
 ) -> np.ndarray:
     """Pick for each question the option with the highest log-likelihood per token.
@@ -113,7 +114,7 @@ def choose(
     if not questions:
         raise ValueError("questions: there are none; from_cards or from_file makes some")
     cards = [{"question": q["question"], "answer": option} for q in questions for option in q["options"]]
-    scores = score_answers(model, tokenizer, cards, prompt=prompt, description=description)
+    scores = score_answers(model, tokenizer, cards, prompt=prompt, seq_length=seq_length, description=description)
     ends = np.cumsum([len(q["options"]) for q in questions])
     if not scores.tokens.all():
         raise ValueError("a question is so long that no option has room: the line before in the log says which")

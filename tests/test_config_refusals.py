@@ -292,6 +292,9 @@ CALLS = {
     "both parts as cards": (
         lambda: training.fine_tune(None, None, ([], []), config.load("cpu")), "train, test = data.load",
     ),
+    "a share below 0": (lambda: data.split(Dataset.from_list([]), -1), "test_share=-1: allowed are numbers"),
+    "a share of all": (lambda: data.split(Dataset.from_list([]), 1.0), "test_share=1.0"),
+    "no card of each": (lambda: data.choose(Dataset.from_list([]), None, 0), "max_per_specialty=0: allowed are whole"),
     "one option": (lambda: multiple_choice.from_cards([], [], 1), "n_options=1: allowed are whole numbers from 2"),
     "no questions": (lambda: multiple_choice.choose(None, None, []), "questions: there are none"),
     "many copies of a card": (

@@ -88,6 +88,8 @@ def test_a_failing_notebook_stops_with_its_name_cell_and_error(tmp_path):
     assert "01_bad.ipynb failed in cell 2 of 3" in done.stderr and "ZeroDivisionError" in done.stderr
     done = subprocess.run([sys.executable, str(runner), "09"], capture_output=True, text=True)
     assert done.returncode == 2 and "no notebook named 09" in done.stderr
+    done = subprocess.run([sys.executable, str(runner), "01", "nope"], capture_output=True, text=True)
+    assert done.returncode == 2 and "no notebook named nope: there are 01_bad" in done.stderr
 
 
 def test_of_two_notebooks_at_a_time_the_first_that_fails_ends_the_other(tmp_path):
