@@ -20,8 +20,8 @@ from fedllm_helpers.arms import KEPT, key_of, pool, run_all
 from fedllm_helpers.audits import COPIES, PRIVACY, SETTINGS, Audit, audit, stage
 from fedllm_helpers.messages import base_model, first_adapter, from_record, to_record
 from fedllm_helpers.models import Adapter
-from fedllm_helpers.nodes import reason
 from fedllm_helpers.provenance import fingerprint, provenance
+from fedllm_helpers.screening import complaint
 
 logger = logging.getLogger(__name__)
 # what the server may get, and how it is trained; the masked view is the open one behind masks
@@ -40,7 +40,7 @@ def first_update(cfg: DictConfig, hospital: int, rate: float) -> Adapter:
         request = Message(RecordDict(orders), simulation.FIRST_CLIENT_NODE + hospital, "train")
         (reply,) = grid.send_and_receive([request])
     if reply.has_error():
-        raise RuntimeError(f"hospital {hospital} failed: {reason(reply)}")
+        raise RuntimeError(f"hospital {hospital} failed: {complaint(reply)}")
     sent = from_record(reply.content["arrays"])
     return {key: sent[key] - start[key] for key in start}
 

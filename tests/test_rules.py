@@ -26,7 +26,7 @@ from fedllm_helpers import (
     server_app,
     simulation,
 )  # fmt: skip
-from fedllm_helpers.config.schema import BY_PRODUCT, RULES
+from fedllm_helpers.config.schema import BY_PRODUCT, EDITING, MIXED, RULES
 from fedllm_helpers.messages import settings, to_record
 
 RANK, SHAPES = 4, {"m.q": (11, 7), "m.v": (5, 9)}
