@@ -102,11 +102,11 @@ def score_arm(cfg: DictConfig, arm: str, rate: float, choices: bool = False) -> 
     (adapter, history), (model, tokenizer) = train_arm(cfg, arm, rate), base_model(cfg)
     seconds = time.perf_counter() - start
     models.set_adapter(model, adapter)
-    scores = score_answers(model, tokenizer, test, prompt=cfg.dataset.prompt, seq_length=cfg.train.seq_length)
+    scores = score_answers(model, tokenizer, test, cfg)
     right = np.zeros(0, dtype=bool)
     if choices:
         questions = multiple_choice.from_cards(test, pool=test, seed=cfg.seed)
-        right = multiple_choice.choose(model, tokenizer, questions, prompt=cfg.dataset.prompt)
+        right = multiple_choice.choose(model, tokenizer, questions, cfg)
     numbers = {"bytes_up": history["bytes_up"].sum(), "bytes_down": history["bytes_down"].sum(), "seconds": seconds}
     keep(_path(cfg, arm, rate, choices), nll=scores.nll, tokens=scores.tokens, right=right, **numbers)
     return finished(cfg, arm, rate, choices)

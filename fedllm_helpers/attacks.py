@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 from datasets import Dataset
+from omegaconf import DictConfig
 from peft import PeftModel
 from scipy.stats import bootstrap, mannwhitneyu
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -101,25 +102,25 @@ def plant(cards: Dataset, planted: Sequence[Canary], specialty: str, seed: int =
     return Dataset.from_list([together[i] for i in np.random.default_rng(seed).permutation(len(together))])
 
 
-def exposure(model: PeftModel, tokenizer: PreTrainedTokenizerBase, canary: Canary, *, prompt: str = "short") -> float:
+def exposure(model: PeftModel, tokenizer: PreTrainedTokenizerBase, canary: Canary, cfg: DictConfig) -> float:
     """Bits that a model gives away of a canary's secret: log₂ of the candidates over the rank of the true one.
 
     All 1000 secrets are scored. A model that knows nothing has rank uniform in 1 to 1000, so exposure is above x with
     probability 2^−x; the largest is log₂ 1000 = 9.97. Source: Carlini et al. 2019, arXiv:1802.08232. Taught in
     notebook 05.
     """
-    texts = [f"{format_prompt(canary.question, prompt)} {canary.answer(f'{n:03d}')}" for n in range(SECRETS)]
+    texts = [
+        f"{format_prompt(canary.question, cfg.dataset.prompt)} {canary.answer(f'{n:03d}')}" for n in range(SECRETS)
+    ]
     likelihood = np.nan_to_num(_likelihood(model, tokenizer(texts)["input_ids"]), nan=-np.inf)  # of a broken model
     own = likelihood[int(canary.secret)]
     better, ties = (likelihood > own).sum(), (likelihood == own).sum() - 1
     return float(np.log2(SECRETS) - np.log2(better + ties / 2 + 1))
 
 
-def extracted(model: PeftModel, tokenizer: PreTrainedTokenizerBase, canary: Canary, *, prompt: str = "short") -> bool:
+def extracted(model: PeftModel, tokenizer: PreTrainedTokenizerBase, canary: Canary, cfg: DictConfig) -> bool:
     """Whether the greedy answer to the canary's question holds its secret. A guess does so once in about 1000."""
-    return (
-        canary.secret in evaluation.generate(model, tokenizer, [canary.question], prompt=prompt, max_new_tokens=12)[0]
-    )
+    return canary.secret in evaluation.generate(model, tokenizer, [canary.question], cfg, max_new_tokens=12)[0]
 
 
 def scores(

@@ -99,9 +99,8 @@ def audit(
     members: Dataset,
     others: Dataset,
     planted: Sequence[attacks.Canary],
+    cfg: DictConfig,
     *,
-    prompt: str = "short",
-    seq_length: int = 128,
     seconds: float = 0.0,
 ) -> Audit:
     """Every attack on the adapter that is in the model. Taught in notebook 05.
@@ -110,17 +109,16 @@ def audit(
         model, tokenizer: attacked; the attacker may ask for the likelihood of any text.
         members, others: cards trained on, and held out by the same split.
         planted: canaries.
-        prompt, seq_length: as in training.
+        cfg: its ``dataset.prompt`` and ``train.seq_length``, as in training.
         seconds: to be noted.
     """
-    how = {"prompt": prompt, "seq_length": seq_length}
-    losses = [loss for part in (members, others) for loss in evaluation.token_losses(model, tokenizer, part, **how)]
+    losses = [loss for part in (members, others) for loss in evaluation.token_losses(model, tokenizer, part, cfg)]
     return Audit(
         np.array([loss.sum() for loss in losses]),
         np.array([len(loss) for loss in losses]),
         attacks.scores(losses, attack="min-k"),
-        np.array([attacks.exposure(model, tokenizer, canary, prompt=prompt) for canary in planted]),
-        np.array([attacks.extracted(model, tokenizer, canary, prompt=prompt) for canary in planted]),
+        np.array([attacks.exposure(model, tokenizer, canary, cfg) for canary in planted]),
+        np.array([attacks.extracted(model, tokenizer, canary, cfg) for canary in planted]),
         seconds,
     )
 
@@ -147,8 +145,7 @@ def audit_arm(cfg: DictConfig, arm: str, rate: float, each: int, folder: Path = 
         adapter, (model, tokenizer) = train_arm(staged, arm, rate)[0], base_model(staged)
         seconds = time.perf_counter() - start
         models.set_adapter(model, adapter)
-        how = {"prompt": cfg.dataset.prompt, "seq_length": cfg.train.seq_length, "seconds": seconds}
-        keep(path, **vars(audit(model, tokenizer, members, others, planted, **how)))
+        keep(path, **vars(audit(model, tokenizer, members, others, planted, cfg, seconds=seconds)))
         found = kept(path)
     return Audit(**found)
 

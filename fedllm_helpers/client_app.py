@@ -115,7 +115,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _loss(cfg: DictConfig, cards: Dataset) -> float:
-    scores = score_answers(*base_model(cfg), cards, prompt=cfg.dataset.prompt, seq_length=cfg.train.seq_length)
+    scores = score_answers(*base_model(cfg), cards, cfg)
     return float(scores.nll.sum() / scores.tokens.sum())
 
 

@@ -60,10 +60,7 @@ class PrivateTrainer(AdapterTrainer):
         super().__init__(*args, **kw)
         if self.mu or self.args.gradient_accumulation_steps != 1:
             raise ValueError("DP-SGD goes with neither FedProx nor gradient_accumulation_steps above 1")
-        twice = self.args.gradient_checkpointing or any(
-            getattr(layer, "gradient_checkpointing", False) for layer in self.model.modules()
-        )
-        if twice:
+        if any(getattr(layer, "gradient_checkpointing", False) for layer in self.model.modules()):
             raise ValueError("DP-SGD goes without gradient_checkpointing, which computes layers twice; set it to false")
         self.plan, (self.sampling, self.noise) = plan, map(np.random.default_rng, seed.spawn(2))
         self.args.max_grad_norm = 0.0  # each card's gradient is clipped instead

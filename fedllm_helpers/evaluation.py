@@ -9,12 +9,14 @@ from itertools import takewhile
 import numpy as np
 import torch
 from datasets import Dataset
+from omegaconf import DictConfig
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fedllm_helpers import fitting, models
 from fedllm_helpers.batches import IGNORED, collate, encode, takes_logits_to_keep
+from fedllm_helpers.config import checked
 from fedllm_helpers.data.prompts import prompt_ids
 
 logger = logging.getLogger(__name__)
@@ -55,9 +57,8 @@ def score_answers(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     cards: Dataset | list[dict],
+    cfg: DictConfig,
     *,
-    prompt: str = "short",
-    seq_length: int = 512,
     batch_size: int = 8,
     description: str | None = None,
 ) -> AnswerScores:
@@ -66,7 +67,7 @@ def score_answers(
     Args:
         model, tokenizer: from :func:`fedllm_helpers.models.load`.
         cards: rows of ``question`` and ``answer``.
-        prompt, seq_length: as in training.
+        cfg: its ``dataset.prompt`` and ``train.seq_length``, as in training.
         batch_size: cards at a time; cards of like length share a batch.
         description: of a progress bar; None shows none.
 
@@ -77,32 +78,35 @@ def score_answers(
     Raises:
         ValueError: no card can be scored.
     """
-    options = {"prompt": prompt, "seq_length": seq_length, "batch_size": batch_size, "description": description}
+    fitting.check_cards(cards)
+    options = {"batch_size": batch_size, "description": description}
     try:
-        losses = token_losses(model, tokenizer, cards, **options)
+        losses = token_losses(model, tokenizer, cards, cfg, **options)
     except ValueError:
         cards = list(cards)
-        fit = _fit(cards, tokenizer, seq_length, prompt)
+        fit = _fit(cards, tokenizer, cfg)
         if all(fit) or not any(fit):
             raise
-        said = "%d of %d cards cannot be scored, their questions fill seq_length=%d: the first is card %d, %r"
+        said = "%d of %d cards cannot be scored, their questions fill train.seq_length=%d: the first is card %d, %r"
         first = fit.index(False)
-        logger.warning(said, fit.count(False), len(fit), seq_length, first + 1, f"{cards[first]['question']:.60}")
+        logger.warning(
+            said, fit.count(False), len(fit), cfg.train.seq_length, first + 1, f"{cards[first]['question']:.60}"
+        )
         some = [card for card, one in zip(cards, fit, strict=True) if one]
-        found = iter(token_losses(model, tokenizer, some, **options))
+        found = iter(token_losses(model, tokenizer, some, cfg, **options))
         losses = [next(found) if one else np.zeros(0) for one in fit]
     return AnswerScores(np.array([loss.sum() for loss in losses]), np.array([len(loss) for loss in losses], dtype=int))
 
 
-def _fit(cards: list[dict], tokenizer: PreTrainedTokenizerBase, seq_length: int, prompt: str) -> list[bool]:
+def _fit(cards: list[dict], tokenizer: PreTrainedTokenizerBase, cfg: DictConfig) -> list[bool]:
     """Whether each card leaves room for a token of its answer."""
     try:
-        encode(cards, tokenizer, seq_length, prompt)
+        encode(cards, tokenizer, cfg.train.seq_length, cfg.dataset.prompt)
     except ValueError:
         if len(cards) == 1:
             return [False]
         half = len(cards) // 2
-        return [one for part in (cards[:half], cards[half:]) for one in _fit(part, tokenizer, seq_length, prompt)]
+        return [one for part in (cards[:half], cards[half:]) for one in _fit(part, tokenizer, cfg)]
     return [True] * len(cards)
 
 
@@ -110,16 +114,15 @@ def token_losses(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     cards: Dataset | list[dict],
+    cfg: DictConfig,
     *,
-    prompt: str = "short",
-    seq_length: int = 512,
     batch_size: int = 8,
     description: str | None = None,
 ) -> list[np.ndarray]:
     """Nats of each answer token of each card, in the order of ``cards``; arguments of :func:`score_answers`."""
     fitting.check_cards(cards)
     model.eval()
-    rows = encode(cards, tokenizer, seq_length, prompt)
+    rows = encode(cards, tokenizer, checked(cfg).train.seq_length, cfg.dataset.prompt)
     order = np.argsort([len(row["input_ids"]) for row in rows], kind="stable")
     found, keep = [np.zeros(0)] * len(rows), takes_logits_to_keep(model)
     with _bar(len(rows), description) as bar:
@@ -177,8 +180,8 @@ def generate(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: list[str] | list[dict],
+    cfg: DictConfig,
     *,
-    prompt: str = "short",
     max_new_tokens: int = 40,
 ) -> list[str]:
     """Greedy answers to questions or cards, each up to an end token of tokenizer or model, or ``max_new_tokens``.
@@ -192,7 +195,7 @@ def generate(
         raise ValueError(f"max_new_tokens={max_new_tokens}: allowed are whole numbers from 1")
     if not questions:
         return []
-    ids = [prompt_ids(question, tokenizer, prompt) for question in questions]
+    ids = [prompt_ids(question, tokenizer, checked(cfg).dataset.prompt) for question in questions]
     given = tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="left")
     tokens = {key: given[key].to(model.device) for key in ("input_ids", "attention_mask")}
     length, positions = tokens["input_ids"].shape[1], fitting.max_positions(model.config)

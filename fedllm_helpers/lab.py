@@ -58,16 +58,16 @@ def run_arm(cfg: DictConfig, rate: float, poison: str = "", folder: Path = KEPT)
 def score(cfg: DictConfig, record: simulation.FederatedRecord) -> AnswerScores:
     """Nats of every held-out card under what a federation gave, edits of the base model included."""
     model, tokenizer = base_model(cfg)
-    test, how = data.load(cfg)[1], {"prompt": cfg.dataset.prompt, "seq_length": cfg.train.seq_length}
+    test = data.load(cfg)[1]
     if cfg.federation.aggregation != "FedSA-LoRA":
         models.set_adapter(model, record.adapter)
         with editing.edited(model, record.edit):
-            return score_answers(model, tokenizer, test, **how)
+            return score_answers(model, tokenizer, test, cfg)
     nll, tokens, ids = np.zeros(len(test)), np.zeros(len(test), dtype=int), np.array(test["card_id"])
     for hospital in range(cfg.federation.num_clients):
         models.set_adapter(model, record.personal.get(hospital, record.adapter))
         own = client_app.own_cards(cfg, hospital)[1]
-        place, some = np.flatnonzero(np.isin(ids, own["card_id"])), score_answers(model, tokenizer, own, **how)
+        place, some = np.flatnonzero(np.isin(ids, own["card_id"])), score_answers(model, tokenizer, own, cfg)
         by_id = {card: number for number, card in enumerate(own["card_id"])}
         order = [by_id[card] for card in ids[place]]
         nll[place], tokens[place] = some.nll[order], some.tokens[order]

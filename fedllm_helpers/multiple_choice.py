@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from omegaconf import DictConfig
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
@@ -96,9 +97,8 @@ def choose(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: list[dict],
+    cfg: DictConfig,
     *,
-    prompt: str = "short",
-    seq_length: int = 512,
     description: str | None = None,
 ) -> np.ndarray:
     """Pick for each question the option with the highest log-likelihood per token.
@@ -114,7 +114,7 @@ def choose(
     if not questions:
         raise ValueError("questions: there are none; from_cards or from_file makes some")
     cards = [{"question": q["question"], "answer": option} for q in questions for option in q["options"]]
-    scores = score_answers(model, tokenizer, cards, prompt=prompt, seq_length=seq_length, description=description)
+    scores = score_answers(model, tokenizer, cards, cfg, description=description)
     ends = np.cumsum([len(q["options"]) for q in questions])
     if not scores.tokens.all():
         raise ValueError("a question is so long that no option has room: the line before in the log says which")

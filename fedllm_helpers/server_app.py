@@ -89,7 +89,7 @@ def _evaluation(cfg: DictConfig, base: Base) -> Callable[[models.Adapter], float
         model, tokenizer = base_model(cfg)
         models.set_adapter(model, adapter)
         with cpu_threads(cfg), editing.edited(model, base.summed()):
-            scores = score_answers(model, tokenizer, shown, prompt=cfg.dataset.prompt, seq_length=cfg.train.seq_length)
+            scores = score_answers(model, tokenizer, shown, cfg)
         return float(scores.nll.sum() / scores.tokens.sum())
 
     return evaluate

@@ -100,7 +100,7 @@ def attack_hospital(cfg: DictConfig, hospital: int, each: int, folder: Path = KE
     truth, start, (model, tokenizer) = own[hospital]["specialty"][0], first_adapter(staged), base_model(staged)
     mine = members.select(np.flatnonzero(np.array(members["specialty"]) == truth))
     often = [canary for canary in planted if canary.copies == max(COPIES)]
-    look = partial(audit, model, tokenizer, mine, others, prompt=cfg.dataset.prompt, seq_length=cfg.train.seq_length)
+    look = partial(audit, model, tokenizer, mine, others, cfg=cfg)
     updates = {}
     for view, (_, rate, changes) in VIEWS.items():
         changed = config.load(staged, f"federation.privacy.noise_seed={cfg.seed}", *changes.split())

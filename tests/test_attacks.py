@@ -7,6 +7,8 @@ from scipy.stats import norm
 
 from fedllm_helpers import attacks, config, data, evaluation, training
 
+CFG = config.load("cpu")
+
 
 def test_canaries_are_fictional_and_repeatable():
     planted = attacks.canaries((0, 1, 16), each=3, seed=4)
@@ -40,7 +42,7 @@ def test_exposure_is_the_rank_among_all_secrets(fresh):
     canary = attacks.canaries((0,), seed=2)[0]
     numbers = [f"{n:03d}" for n in range(0, 1000, 10)]
     rows = [{"question": canary.question, "answer": canary.answer(number)} for number in numbers]
-    losses = evaluation.token_losses(model, tokenizer, rows)
+    losses = evaluation.token_losses(model, tokenizer, rows, CFG)
     digits = np.array([loss[3:6].sum() for loss in losses])  # " The", " number", " ", three digits
     texts = [f"{data.format_prompt(canary.question)} {canary.answer(f'{n:03d}')}" for n in range(1000)]
     likelihood = attacks._likelihood(model, tokenizer(texts)["input_ids"])
@@ -48,12 +50,12 @@ def test_exposure_is_the_rank_among_all_secrets(fresh):
     order = np.argsort(-likelihood)
     for place, bits in ((0, np.log2(1000)), (499, 1.0), (999, 0.0)):
         other = attacks.Canary(canary.name, f"{order[place]:03d}", 0)
-        assert attacks.exposure(model, tokenizer, other) == pytest.approx(bits, abs=0.01)
+        assert attacks.exposure(model, tokenizer, other, CFG) == pytest.approx(bits, abs=0.01)
 
 
 def test_a_model_that_gives_no_numbers_knows_nothing(fresh, monkeypatch):
     monkeypatch.setattr(attacks, "_likelihood", lambda *given: np.full(1000, np.nan))
-    assert attacks.exposure(*fresh, attacks.canaries((0,))[0]) == pytest.approx(np.log2(1000 / 500.5))
+    assert attacks.exposure(*fresh, attacks.canaries((0,))[0], CFG) == pytest.approx(np.log2(1000 / 500.5))
 
 
 def test_a_canary_that_was_learned_is_exposed_and_read_out(fresh, cards):
@@ -62,9 +64,11 @@ def test_a_canary_that_was_learned_is_exposed_and_read_out(fresh, cards):
     together = attacks.plant(cards[0].filter(lambda card: card["specialty"] == "eye").select(range(8)), planted, "eye")
     cfg = config.load("cpu", "train.training_arguments.max_steps=12", "train.training_arguments.learning_rate=5e-3")
     training.fine_tune(model, tokenizer, together, cfg, progress=False)
-    never, often = (attacks.exposure(model, tokenizer, canary) for canary in planted)
+    never, often = (attacks.exposure(model, tokenizer, canary, CFG) for canary in planted)
     assert often > 9 and often > never
-    assert attacks.extracted(model, tokenizer, planted[1]) and not attacks.extracted(model, tokenizer, planted[0])
+    assert attacks.extracted(model, tokenizer, planted[1], CFG) and not attacks.extracted(
+        model, tokenizer, planted[0], CFG
+    )
 
 
 def test_areas_and_rates_have_their_known_values():

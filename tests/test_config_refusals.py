@@ -287,16 +287,19 @@ CALLS = {
         lambda: communication.parameter_counts(
             "smollm2-135m", config.load("cpu", "model.lora.target_modules=[q_proj,nope]").model.lora
         ),
-        "no layer is called nope; layers here: .*q_proj",
+        "no layer is named nope; layers here: .*q_proj",
     ),
     "both parts as cards": (
         lambda: training.fine_tune(None, None, ([], []), config.load("cpu")), "train, test = data.load",
     ),
-    "a share below 0": (lambda: data.split(Dataset.from_list([]), -1), "test_share=-1: allowed are numbers"),
-    "a share of all": (lambda: data.split(Dataset.from_list([]), 1.0), "test_share=1.0"),
-    "no card of each": (lambda: data.choose(Dataset.from_list([]), None, 0), "max_per_specialty=0: allowed are whole"),
+    "a share below 0": (lambda: data.split(Dataset.from_list([]), -1), "train.evaluate_split=-1: allowed is a share"),
+    "a share of all": (lambda: data.split(Dataset.from_list([]), 1.0), "train.evaluate_split=1.0"),
+    "no card of each": (
+        lambda: data.choose(Dataset.from_list([{"specialty": "eye"}]), None, 0),
+        "dataset.max_cards_per_specialty=0: allowed is 1",
+    ),
     "one option": (lambda: multiple_choice.from_cards([], [], 1), "n_options=1: allowed are whole numbers from 2"),
-    "no questions": (lambda: multiple_choice.choose(None, None, []), "questions: there are none"),
+    "no questions": (lambda: multiple_choice.choose(None, None, [], None), "questions: there are none"),
     "many copies of a card": (
         lambda: client_app.cards_of_round(
             Dataset.from_list([{"question": "q", "answer": "a"}] * 51),

@@ -110,10 +110,9 @@ def test_one_layer_in_two_places_and_layers_computed_twice_are_refused(folder_of
     layers[1].self_attn = layers[0].self_attn
     with pytest.raises(ValueError, match="layer model.layers.1.self_attn.q_proj does not give one gradient"):
         step(cfg, model, tokenizer, 1.0)
-    for place in ("model.gradient_checkpointing=true", "train.training_arguments.gradient_checkpointing=true"):
-        cfg, model, tokenizer = prepare(folder_of("llama"), "q_proj", place)
-        with pytest.raises(ValueError, match="goes without gradient_checkpointing"):
-            step(cfg, model, tokenizer, 1.0)
+    cfg, model, tokenizer = prepare(folder_of("llama"), "q_proj", "model.gradient_checkpointing=true")
+    with pytest.raises(ValueError, match="goes without gradient_checkpointing"):
+        step(cfg, model, tokenizer, 1.0)
 
 
 def test_as_many_tokens_as_cards_are_still_no_cards(folder_of):

@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from fedllm_helpers import data, evaluation
+from fedllm_helpers import config, data, evaluation
+
+CFG = config.load("cpu")
 
 
 def test_scores_agree_with_a_plain_forward_in_any_order(loaded, cards):
     model, tokenizer = loaded
     some = cards[1].select(range(7))
-    scores = evaluation.score_answers(model, tokenizer, some, batch_size=3)
+    scores = evaluation.score_answers(model, tokenizer, some, CFG, batch_size=3)
     for card, nll, tokens in zip(some, scores.nll, scores.tokens, strict=True):
         prompt = tokenizer(data.format_prompt(card["question"])).input_ids
         answer = tokenizer(" " + card["answer"]).input_ids + [tokenizer.eos_token_id]
@@ -63,20 +65,20 @@ def test_perplexity_is_the_exponential_and_accuracy_the_share():
 def test_one_long_question_does_not_lose_the_others(loaded, cards, caplog):
     model, tokenizer = loaded
     some, long = list(cards[1].select(range(6))), "Is this " + "very " * 200 + "long?"
-    wanted = evaluation.score_answers(model, tokenizer, some, seq_length=128)
+    wanted = evaluation.score_answers(model, tokenizer, some, CFG)
     for place in (0, 3, 6):
         mixed = [*some[:place], {"question": long, "answer": "Yes."}, *some[place:]]
         caplog.clear()
-        scores = evaluation.score_answers(model, tokenizer, mixed, seq_length=128)
+        scores = evaluation.score_answers(model, tokenizer, mixed, CFG)
         (said,) = [r.getMessage() for r in caplog.records if "cannot be scored" in r.getMessage()]
-        wanted_line = "1 of 7 cards cannot be scored, their questions fill seq_length=128: the first is card"
+        wanted_line = "1 of 7 cards cannot be scored, their questions fill train.seq_length=128: the first is card"
         assert said.startswith(f"{wanted_line} {place + 1},")
         assert scores.tokens[place] == scores.nll[place] == 0 and len(scores.nll) == 7
         assert np.array_equal(np.delete(scores.tokens, place), wanted.tokens)
         assert np.delete(scores.nll, place) == pytest.approx(wanted.nll, rel=0.02)
         assert evaluation.mean_nll(scores).n == evaluation.nll_difference(scores, scores).n == 6
     with pytest.raises(ValueError, match="leaves 2 of them no token of their answer"):
-        evaluation.score_answers(model, tokenizer, [{"question": long, "answer": "Yes."}] * 2, seq_length=128)
+        evaluation.score_answers(model, tokenizer, [{"question": long, "answer": "Yes."}] * 2, CFG)
 
 
 def test_none_and_one_card_are_one_line():
@@ -95,6 +97,6 @@ def test_none_and_one_card_are_one_line():
 def test_greedy_answers_do_not_depend_on_the_batch(loaded):
     model, tokenizer = loaded
     questions = ["What is blood?", "What is the heart, and what does it do in the body of an adult?"]
-    together = evaluation.generate(model, tokenizer, questions, max_new_tokens=8)
-    alone = [evaluation.generate(model, tokenizer, [question], max_new_tokens=8)[0] for question in questions]
+    together = evaluation.generate(model, tokenizer, questions, CFG, max_new_tokens=8)
+    alone = [evaluation.generate(model, tokenizer, [question], CFG, max_new_tokens=8)[0] for question in questions]
     assert [text[:10] for text in together] == [text[:10] for text in alone] and all(together)

@@ -12,7 +12,9 @@ from families import CARDS, change, make, settings
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from fedllm_helpers import data, evaluation, fitting, models, training
+from fedllm_helpers import config, data, evaluation, fitting, models, training
+
+CFG = config.load("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_families_train_answer_save_and_reopen(folder_of, tmp_path, family, targ
     model, tokenizer = models.load(cfg)
     record = training.fine_tune(model, tokenizer, CARDS, cfg, progress=False, proximal_mu=0.1)
     assert np.isfinite(record.history["loss"]).all() and len(record.history) == 2
-    assert len(evaluation.generate(model, tokenizer, ["What is 3?", "And?"], max_new_tokens=3)) == 2
+    assert len(evaluation.generate(model, tokenizer, ["What is 3?", "And?"], CFG, max_new_tokens=3)) == 2
     saved, again = models.save_adapter(model, tmp_path / "adapter"), models.load(cfg)[0]
     models.load_adapter(again, saved)
     ours, theirs = models.get_adapter(model), models.get_adapter(again)
@@ -229,8 +231,8 @@ def test_padding_and_end_are_filled_from_what_the_model_has(tmp_path, caplog, be
     for name in (folder, make(tmp_path / "whole", "llama", {"vocab_size": 280})):
         model, tokenizer = models.load(settings(name))
         assert tokenizer.eos_token_id == 2 and tokenizer.pad_token_id in (2, 3)
-        losses.append(evaluation.score_answers(model, tokenizer, CARDS).nll)
-        assert evaluation.generate(model, tokenizer, ["What is it, and how?", "It"], max_new_tokens=2)
+        losses.append(evaluation.score_answers(model, tokenizer, CARDS, CFG).nll)
+        assert evaluation.generate(model, tokenizer, ["What is it, and how?", "It"], CFG, max_new_tokens=2)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and "the model's own is taken, '</s>'" in caplog.text
 
 
@@ -250,14 +252,14 @@ def test_an_answer_ends_at_either_end_and_prints_nothing_after(copied, caplog, c
     folder = copied("llama")
     model, tokenizer = models.load(settings(folder))
     questions = ["What is it?", "And what is a thing, and why?"]
-    assert evaluation.generate(model, tokenizer, questions, max_new_tokens=12)[0]
+    assert evaluation.generate(model, tokenizer, questions, CFG, max_new_tokens=12)[0]
     with torch.no_grad():
         first = model(**tokenizer(data.format_prompt(questions[0]), return_tensors="pt")).logits[0, -1].argmax()
     change(folder, "generation_config.json", eos_token_id=[2, int(first)], do_sample=True, temperature=0.6, top_p=0.9,
            top_k=20, min_p=0.1, typical_p=0.9, max_length=20)  # fmt: skip
     model, tokenizer = models.load(settings(folder))
     capfd.readouterr()
-    answers = [evaluation.generate(model, tokenizer, questions, max_new_tokens=12) for _ in range(2)]
+    answers = [evaluation.generate(model, tokenizer, questions, CFG, max_new_tokens=12) for _ in range(2)]
     assert answers[0] == answers[1] and answers[0][0] == ""
     assert fitting.end_tokens(model, tokenizer) == [2, int(first)] and tokenizer.eos_token_id == 2
     assert not caplog.text and not capfd.readouterr().err, "sampling settings of an instruct model are no warning"
@@ -276,8 +278,8 @@ def test_an_answer_ends_at_either_end_and_prints_nothing_after(copied, caplog, c
 )
 def test_questions_that_cannot_be_answered_are_one_line(folder_of, call, says):
     model, tokenizer = models.load(settings(folder_of("llama")))
-    one_line(ValueError, says, evaluation.generate, model, tokenizer, **call)
-    assert evaluation.generate(model, tokenizer, []) == []
+    one_line(ValueError, says, evaluation.generate, model, tokenizer, cfg=CFG, **call)
+    assert evaluation.generate(model, tokenizer, [], CFG) == []
 
 
 @pytest.mark.parametrize(
@@ -297,10 +299,10 @@ def test_cards_that_are_none_are_one_line(folder_of, cards, says):
     model, tokenizer = models.load(cfg)
     before = models.get_adapter(model)
     one_line(ValueError, says, training.fine_tune, model, tokenizer, cards, cfg)
-    one_line(ValueError, says, evaluation.score_answers, model, tokenizer, cards)
+    one_line(ValueError, says, evaluation.score_answers, model, tokenizer, cards, CFG)
     one_line(ValueError, "none to train on", training.fine_tune, model, tokenizer, [], cfg)
     assert all(np.array_equal(before[key], value) for key, value in models.get_adapter(model).items())
-    assert len(evaluation.score_answers(model, tokenizer, []).nll) == 0
+    assert len(evaluation.score_answers(model, tokenizer, [], CFG).nll) == 0
 
 
 def test_an_adapter_finds_its_base_model_where_it_moved(copied, tmp_path, caplog):

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedllm_helpers import batches, communication, config, data, embedded, evaluation, models, simulation, training
 
+CFG = config.load("cpu")
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
@@ -44,7 +46,7 @@ def test_scores_are_those_of_the_cpu(cfg, cards):
     scores = {}
     for device in ("cuda", "cpu"):
         model, tokenizer = models.load(config.load(cfg, "model.dtype=float32", f"model.device={device}"))
-        scores[device] = evaluation.score_answers(model, tokenizer, cards[1])
+        scores[device] = evaluation.score_answers(model, tokenizer, cards[1], CFG)
     assert scores["cuda"].tokens.tolist() == scores["cpu"].tokens.tolist()
     assert scores["cuda"].nll == pytest.approx(scores["cpu"].nll, rel=1e-3)
 
@@ -53,7 +55,7 @@ def test_half_precision_is_as_near_to_the_cpu_as_it_is_there(loaded, cards):
     """bfloat16 here, float32 on the CPU; batches of 64 tokens too, which break another attention kernel's gradients."""
     model, tokenizer = loaded
     exact = models.load(config.load("cpu", "model.dtype=float32", "model.device=cpu"))[0]
-    here, there = (evaluation.score_answers(m, tokenizer, cards[1]) for m in (model, exact))
+    here, there = (evaluation.score_answers(m, tokenizer, cards[1], CFG) for m in (model, exact))
     assert abs(evaluation.nll_difference(here, there).value) < 0.01
     for length in (60, 64, 68, 192):
         text = " ".join(card["answer"] for card in cards[0])
@@ -76,7 +78,7 @@ def test_training_goes_where_it_goes_on_the_cpu(cfg, cards):
         )
         model, tokenizer = models.load(changed)
         losses[device] = training.fine_tune(model, tokenizer, cards[0], changed, progress=False).history["loss"]
-        scores[device] = evaluation.score_answers(model, tokenizer, cards[1])
+        scores[device] = evaluation.score_answers(model, tokenizer, cards[1], CFG)
     assert losses["cuda"].tolist() == pytest.approx(losses["cpu"].tolist(), rel=0.01)
     difference = evaluation.nll_difference(scores["cpu"], scores["cuda"])
     assert abs(difference.value) < 0.01
@@ -88,7 +90,7 @@ def test_the_preset_learns_in_4_bits_and_its_adapter_opens_with_plain_peft(prese
     model, tokenizer = models.load(cfg)
     base = model.get_base_model()
     assert base.is_loaded_in_4bit and base.is_gradient_checkpointing and model.device.type == "cuda"
-    score = functools.partial(evaluation.score_answers, model, tokenizer, test, prompt=cfg.dataset.prompt)
+    score = functools.partial(evaluation.score_answers, model, tokenizer, test, cfg)
     untuned = score()
     record = training.fine_tune(model, tokenizer, train, cfg, progress=False)
     assert record.examples == 30 * 16 and np.isfinite(record.history["loss"]).all()
@@ -97,7 +99,7 @@ def test_the_preset_learns_in_4_bits_and_its_adapter_opens_with_plain_peft(prese
     models.save_adapter(model, tmp_path / "adapter")
     whole = AutoModelForCausalLM.from_pretrained(embedded.fetch(), dtype=torch.bfloat16).to("cuda")
     opened = PeftModel.from_pretrained(whole, tmp_path / "adapter").eval()
-    other = evaluation.score_answers(opened, tokenizer, test, prompt=cfg.dataset.prompt)
+    other = evaluation.score_answers(opened, tokenizer, test, cfg)
     assert evaluation.nll_difference(untuned, other).low > 0.1, "16 bits, an adapter that was trained on 4"
 
 

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from fedllm_helpers import batches, communication, config, embedded, evaluation, models, placement, training
 
+CFG = config.load("cpu")
+
 
 def run_python(code, **environment):
     """Run code in a process of its own; returns the finished process."""
@@ -302,12 +304,12 @@ def test_a_quantized_model_is_scored_trained_and_scored_again(cfg, cards, loaded
     few = cards[1].select(range(8))
     once = config.load(cfg, f"model.quantization={bits}", "train.training_arguments.max_steps=8")
     model, tokenizer = models.load(once)
-    start, whole = models.get_adapter(model), evaluation.score_answers(*loaded, few)
-    untuned = evaluation.score_answers(model, tokenizer, few)
+    start, whole = models.get_adapter(model), evaluation.score_answers(*loaded, few, CFG)
+    untuned = evaluation.score_answers(model, tokenizer, few, CFG)
     history = training.fine_tune(model, tokenizer, cards[0], once, progress=False).history
-    tuned = evaluation.score_answers(model, tokenizer, few)
+    tuned = evaluation.score_answers(model, tokenizer, few, CFG)
     models.set_adapter(model, start)
-    assert evaluation.score_answers(model, tokenizer, few).nll == pytest.approx(untuned.nll, rel=1e-3)
+    assert evaluation.score_answers(model, tokenizer, few, CFG).nll == pytest.approx(untuned.nll, rel=1e-3)
     per_token = [scores.nll.sum() / scores.tokens.sum() for scores in (whole, untuned, tuned)]
     assert per_token[1] == pytest.approx(per_token[0], rel=0.2) and per_token[2] < per_token[1] - 0.1
     assert history["loss"].iloc[0] == pytest.approx(per_token[0], rel=0.3)

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from fedllm_helpers import evaluation, multiple_choice
+from fedllm_helpers import config, evaluation, multiple_choice
+
+CFG = config.load("cpu")
 
 
 def test_choice_questions_are_of_one_specialty_with_one_right_option(cards):
@@ -33,13 +35,13 @@ def test_choosing_takes_the_likelier_option_per_token(loaded):
         },
         {"question": "What is water?", "options": ["Water is a liquid that people drink.", "zxqj vvk"], "answer": 0},
     ]
-    assert multiple_choice.choose(model, tokenizer, questions).tolist() == [True, True]
+    assert multiple_choice.choose(model, tokenizer, questions, CFG).tolist() == [True, True]
     long = "Ice is water that is frozen solid, and it floats on the lakes and rivers of cold countries in winter."
     cards = [{"question": "What is ice?", "answer": answer} for answer in ("It.", long)]
-    scores = evaluation.score_answers(model, tokenizer, cards)
+    scores = evaluation.score_answers(model, tokenizer, cards, CFG)
     assert scores.nll[0] < scores.nll[1] and scores.nll[0] / scores.tokens[0] > scores.nll[1] / scores.tokens[1]
     question = {"question": "What is ice?", "options": [card["answer"] for card in cards], "answer": 1}
-    assert multiple_choice.choose(model, tokenizer, [question, question]).all()
+    assert multiple_choice.choose(model, tokenizer, [question, question], CFG).all()
 
 
 def test_baselines_of_a_benchmark_with_fixed_options():

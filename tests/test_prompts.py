@@ -166,7 +166,9 @@ def test_generation_reads_the_very_prompt_that_training_wrote(tokenizer, loaded)
     original = model.generate
     model.generate = lambda **given: seen.append(given["input_ids"]) or original(**given)
     try:
-        evaluation.generate(model, tokenizer, [LATER, "What is gout?"], prompt="chat", max_new_tokens=2)
+        evaluation.generate(
+            model, tokenizer, [LATER, "What is gout?"], config.load("cpu", "dataset.prompt=chat"), max_new_tokens=2
+        )
     finally:
         del model.generate
     for card, ids in zip([LATER, "What is gout?"], seen[0].tolist(), strict=True):

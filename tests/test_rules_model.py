@@ -58,7 +58,7 @@ def test_every_rule_learns_and_leaves_the_base_model_alone(rule, tmp_path):
         for hospital in range(2):
             own = client_app.own_cards(cfg, hospital)[1]
             models.set_adapter(model, record.personal[hospital])
-            parts.append(score_answers(model, tokenizer, own, seq_length=128).nll.sum())
+            parts.append(score_answers(model, tokenizer, own, cfg).nll.sum())
         assert whole.nll.sum() == pytest.approx(sum(parts), rel=1e-4) and (whole.tokens > 0).all()
     else:
         assert history["nll"].iloc[-1] < history["nll"].iloc[0] - 0.02
@@ -72,7 +72,7 @@ def _opens_in_plain_peft(cfg, record, folder, tokenizer):
     again = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(embedded.fetch(), dtype=torch.float32), folder
     )
-    scores = score_answers(again.eval(), tokenizer, test, seq_length=cfg.train.seq_length)
+    scores = score_answers(again.eval(), tokenizer, test, cfg)
     assert scores.nll.sum() / scores.tokens.sum() == pytest.approx(record.history["nll"].iloc[-1], rel=1e-4)
 
 

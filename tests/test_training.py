@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from fedllm_helpers import batches, config, data, embedded, evaluation, models, training
 
+CFG = config.load("cpu")
+
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_loss_is_on_the_answer_alone_whatever_the_padding(loaded, cards, side):
@@ -91,11 +93,11 @@ def test_same_seed_same_adapter_to_the_last_bit_and_it_learns(fresh, cards, cfg)
 
 def test_tuned_is_better_on_held_out_cards_than_untuned(fresh, cards, cfg):
     model, tokenizer = fresh
-    untuned = evaluation.score_answers(model, tokenizer, cards[1])
+    untuned = evaluation.score_answers(model, tokenizer, cards[1], CFG)
     training.fine_tune(
         model, tokenizer, cards[0], config.load(cfg, "train.training_arguments.max_steps=12"), progress=False
     )
-    gain = evaluation.nll_difference(untuned, evaluation.score_answers(model, tokenizer, cards[1]))
+    gain = evaluation.nll_difference(untuned, evaluation.score_answers(model, tokenizer, cards[1], CFG))
     assert gain.low > 0.1
 
 

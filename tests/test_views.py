@@ -12,6 +12,8 @@ from fedllm_helpers import audits, client_app, config, models, results, training
 from fedllm_helpers import secure_aggregation as secure
 from fedllm_helpers.messages import base_model, first_adapter
 
+CFG = config.load("cpu")
+
 STORED = Path(__file__).resolve().parents[1] / "notebooks" / "results" / "privacy_views.csv"
 SYSTEMS = ["eye", "heart", "eye", "heart"]
 
@@ -73,10 +75,10 @@ def test_an_open_update_is_the_federation_s_and_tells_its_specialty(scene, tmp_p
     (model, tokenizer), start, mine = base_model(staged), first_adapter(staged), client_app.own_cards(staged, 2)[0]
     update = views.first_update(staged, 2, 8e-3)
     models.set_adapter(model, start)
-    before = audits.audit(model, tokenizer, members.select([]), members, [])
+    before = audits.audit(model, tokenizer, members.select([]), members, [], CFG)
     models.set_adapter(model, {key: start[key] + update[key] for key in start})
     by_system = views.gains(
-        before, audits.audit(model, tokenizer, members.select([]), members, []), members["specialty"]
+        before, audits.audit(model, tokenizer, members.select([]), members, [], CFG), members["specialty"]
     )
     assert by_system.idxmax() == mine["specialty"][0] and by_system.sum() == pytest.approx(0, abs=1e-9)
     models.set_adapter(model, start)

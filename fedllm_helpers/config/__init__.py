@@ -154,7 +154,8 @@ def _changes(overrides: tuple) -> DictConfig:
     for override in overrides:
         if not isinstance(override, str):
             raise ValueError(f"override {str(override)[:80]!r}: {right}, each a text of its own")
-        key, equals, value = (part.strip(" ") for part in override.partition("="))
+        key, equals, value = override.partition("=")
+        key, value = key.strip(), value if key.strip() == "dataset.prompt" else value.strip()
         if not equals or not key or key.startswith("-"):
             raise ValueError(f"override {override!r}: {right}")
         try:
