@@ -174,21 +174,6 @@ def test_any_industry_from_its_file_to_token_ids(tmp_path, loaded, name, prompt)
         assert all(part in tokenizer.decode(row["input_ids"]) for part in card["question"].split("\n"))
 
 
-def test_the_page_on_data_runs_as_it_stands(tmp_path, monkeypatch, capsys):
-    """Its blocks of Python one after the other, and each block of text beneath one is what that one printed."""
-    page = (Path(__file__).resolve().parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    names, printed = {}, None
-    blocks = re.findall(r"```(python|text)\n(.*?)```", page, re.DOTALL)
-    assert [kind for kind, _ in blocks] == ["text", "python", "python", "text", "python", "text"]
-    for kind, block in blocks[1:]:
-        if kind == "python":
-            exec(compile(block, "data.md", "exec"), names)
-            printed = capsys.readouterr().out
-        else:
-            assert printed == block
-
-
 def test_the_line_of_log_on_the_page_is_what_is_logged(tmp_path, monkeypatch, caplog):
     page = (Path(__file__).resolve().parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Every example in README and docs, run as it stands: Python in a new process, settings through `config.load`."""
+"""Every example in README and docs, as it stands: programs run, settings are loaded, commands name what there is."""
 
 import ast
 import json
@@ -38,22 +38,35 @@ def is_settings(text):
     return all(re.fullmatch(r'("[\w.]+=[^"]*",? ?)+', line) for line in lines)
 
 
-def programs():
-    """The blocks that are programs, the slow ones marked."""
-    for name, text in examples("python"):
-        if not is_settings(text):
-            yield pytest.param(text, id=name, marks=[pytest.mark.processes] if any(s in text for s in SLOW) else [])
+def is_slow(text):
+    return any(call in text for call in SLOW)
 
 
-@pytest.mark.parametrize("text", programs())
-def test_a_program_runs_as_it_stands(text, tmp_path):
-    (tmp_path / "cards.csv").write_text(
-        "question,answer\n" + "".join(f"{q},{a}\n" for q, a in CARDS), encoding="utf-8"
-    )
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder to work in, with the file of cards that README names."""
+    (tmp_path / "cards.csv").write_text("question,answer\n" + "".join(f"{q},{a}\n" for q, a in CARDS), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_programs_of_a_page_run_as_they_stand(page, folder, capsys):
+    """One after the other, as a reader would; and a block of text beneath one is what that one printed."""
+    names, printed = {}, None
+    for kind, text in BLOCK.findall(page.read_text(encoding="utf-8")):
+        if kind == "python" and not is_settings(text) and not is_slow(text):
+            exec(compile(text, page.name, "exec"), names)
+            printed = capsys.readouterr().out
+        elif kind == "text" and printed is not None:
+            assert printed == text
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in examples("python") if is_slow(text)])
+def test_a_federation_of_a_page_runs_as_it_stands(text, folder):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
-    )
+    done = subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
