@@ -80,17 +80,21 @@ def _question(where: str, question: Any, options: Any, answer: Any) -> dict:
         options = json.loads(options) if isinstance(options, str) else options
     except ValueError:
         options = None
+    if isinstance(options, dict):  # arrow fills up the letters that only other rows have
+        options = {letter: text for letter, text in options.items() if not columns.missing(text)}
     texts = list(options.values()) if isinstance(options, dict) else options
-    if not isinstance(texts, list) or not all(isinstance(text, (str, int, float)) for text in texts):
-        raise ValueError(f"{where}: 'options' must be a list or a mapping of texts, in CSV written as JSON")
+    if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, (str, int, float)) for text in texts):
+        raise ValueError(f"{where}: 'options' must be a list or a mapping of two texts or more, in CSV written as JSON")
+    if not isinstance(question, str) or isinstance(answer, bool):
+        raise ValueError(f"{where}: expected a text as question and a letter, a text or a position as answer")
     letters = list(options) if isinstance(options, dict) else [chr(ord("A") + i) for i in range(len(texts))]
-    texts = [str(text) for text in texts]
     places = [str(i) if isinstance(answer, str) else i for i in range(len(texts))]  # in CSV they are text
-    readings = [[i for i, name in enumerate(names) if name == answer] for names in (texts, letters, places)]
+    given = answer.strip() if isinstance(answer, str) else answer
+    readings = [[i for i, name in enumerate(names) if name in (answer, given)] for names in (texts, letters, places)]
     right = next((reading for reading in readings if reading), [])
     if len(right) != 1:
         raise ValueError(f"{where}: answer {answer!r} names {len(right)} of the options {', '.join(letters)}")
-    return {"question": str(question), "options": texts, "answer": right[0]}
+    return {"question": question, "options": [str(text) for text in texts], "answer": right[0]}
 
 
 def choose(

@@ -68,7 +68,20 @@ def test_questions_of_benchmarks(tmp_path):
     ]
     path = tmp_path / "q.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    assert [q["answer"] for q in multiple_choice.from_file(path)] == [1, 2, 0, 1]
+    rows += [
+        {"question": "Q5", "options": [1, 2, 3], "answer": 2},
+        {"question": "Q6", "options": {"A": "x", "B": "y", "C": None}, "answer": " y "},
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    assert [q["answer"] for q in multiple_choice.from_file(path)] == [1, 2, 0, 1, 1, 1]
+    assert [len(q["options"]) for q in multiple_choice.from_file(path)] == [2, 3, 2, 3, 3, 2]
+    for row in ({"question": ["Q"], "answer": "a"}, {"question": "Q", "answer": True}):
+        path.write_text(json.dumps({"options": ["a", "b"], **row}))
+        with pytest.raises(ValueError, match="row 1: expected a text as question"):
+            multiple_choice.from_file(path)
+    path.write_text(json.dumps({"question": "Q", "options": ["a"], "answer": "a"}))
+    with pytest.raises(ValueError, match="row 1: 'options' must be a list or a mapping of two texts or more"):
+        multiple_choice.from_file(path)
     (tmp_path / "q.csv").write_text('question,options,answer\nQ,"[""x"", ""y""]",1\n')
     assert multiple_choice.from_file(tmp_path / "q.csv")[0]["answer"] == 1
     path.write_text(json.dumps({"question": "Q", "options": ["a", "b"], "answer": "c"}))
