@@ -31,6 +31,10 @@ THINKING = (
     "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+TITLED = (  # Llama 3: a blank line after each role
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n\n' + m.content | trim + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
+)
 OPEN = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
 OPEN += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 
@@ -75,6 +79,17 @@ def test_a_chat_is_what_the_tokenizers_own_template_writes(tokenizer, template, 
     assert set(row["labels"][: len(before)]) == {batches.IGNORED}
     text = tokenizer.decode(learned(row)).removeprefix("<think>\n\n</think>\n\n")
     assert text.strip() == card["answer"].strip() + "<|im_end|>" or text == f"{card['answer']}<|im_end|>"
+
+
+@pytest.mark.parametrize("template", [None, MISTRAL, TITLED, OPEN])
+@pytest.mark.parametrize("answer", ["Fine.", "im_end", "user", "a", "x\n\ny", "😀", "<think>\nno\n</think>"])
+def test_learned_are_the_answer_and_one_end_alone(tokenizer, template, answer):
+    """Not the line's end of a prompt, though it is cut otherwise before a word; and not what follows the end."""
+    tokenizer.chat_template = template or tokenizer.chat_template
+    (row,) = batches.encode([{"question": "user im_end a", "answer": answer}], tokenizer, 256, "chat")
+    *said, end = learned(row)
+    assert tokenizer.decode(said).strip().removeprefix("]").strip() == answer  # a bracket may be one token with it
+    assert tokenizer.decode(said)[:1] not in "\n" and end == tokenizer.eos_token_id
 
 
 def test_earlier_turns_and_the_system_stand_before_it(tokenizer):

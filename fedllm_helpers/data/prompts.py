@@ -93,14 +93,18 @@ def _chat_ids(card: dict, tokenizer: "PreTrainedTokenizerBase", control: re.Patt
         _ids(whole, tokenizer, False, control),
         _ids(_render(turns, tokenizer, True), tokenizer, False, control),
     )
-    start, tail = _common(ids, before), whole.rpartition(answer)[2]
+    start, pieces = _common(ids, before), control.split(whole)[::2]
     if start < len(before) - 1:  # one may have merged with the answer
         raise ValueError(
             "dataset.prompt=chat: the tokenizer's chat template writes another prompt once the answer is there"
         )
     special = set(tokenizer.convert_tokens_to_ids(control.findall(whole)))
     marks = [i for i in range(start, len(ids)) if ids[i] in special]
-    ends = min(len(control.findall(tail)), len(marks))
+    last = max((place for place, piece in enumerate(pieces) if answer.strip() in piece), default=0)
+    ends = min(len(pieces) - 1 - last, len(marks))
+    joined = start < len(before)
+    while joined and ids[start] not in special and not tokenizer.decode(ids[start]).strip():
+        start += 1  # a line's end of the prompt, which is cut otherwise once the answer follows
     if not ends:
         return [*ids, tokenizer.eos_token_id], start, len(ids) + 1
     return ids, start, marks[-ends] + 1
@@ -124,13 +128,11 @@ def _render(turns: list[conversations.Turn], tokenizer: "PreTrainedTokenizerBase
             f"dataset.prompt=chat: the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; "
             f"take {', '.join(PROMPTS)}, or a template of your own with {{question}} in it"
         )
-    from jinja2 import TemplateError  # here, for only chats need it
-
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
-    except TemplateError as error:
+    except Exception as error:  # a template is a program, and may raise anything
         said = " ".join(str(error).split())
-        raise ValueError(f"dataset.prompt=chat: the tokenizer's chat template refuses a card: {said}") from None
+        raise ValueError(f"dataset.prompt=chat: the tokenizer's chat template refuses a card: {said[:200]}") from None
 
 
 def _prompt_ids(text: str, tokenizer: "PreTrainedTokenizerBase", prompt: str, control: re.Pattern) -> list[int]:
