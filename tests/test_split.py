@@ -83,6 +83,10 @@ DEVANAGARI = [f"अक्षर {c}{sign}" for c in CONSONANTS for sign in ("", 
         (["👍🏻", "👍🏿", "👩‍⚕️", "👨‍⚕️"], 4),
         (["résumé", "resume", "re\u0301sume\u0301"], 2),
         (["שָׁלוֹם", "שלום"], 2),
+        (["\u200fسؤال؟", "سؤال", "\u2067سؤال\u2069", "سُؤال"], 2),
+        (["❤️", "❤", "♥", "👩", "👩\u200d👧", "👧"], 5),
+        (["co\u00adoperate", "cooperate", "co\u200boperate", "\ufeffcooperate", "co-operate"], 2),
+        (["क्ष", "क्\u200dष"], 2),
         (["ﬁber", "fiber", "FIBER", "ｆｉｂｅｒ", " fiber ", "fiber."], 1),
         (["Straße", "STRASSE", "“a”", '"a"'], 2),
         (["f(x)", "f[x]", "f{x}", "a < b", "a > b", "x = 1", "x == 1"], 7),
@@ -159,6 +163,9 @@ NONE = SOME.select([])
         (lambda: data.split(SOME, -1), "train.evaluate_split=-1: allowed is a share from 0 to 0.9"),
         (lambda: data.split(SOME, 0.95), "train.evaluate_split=0.95: allowed"),
         (lambda: data.split(SOME, float("nan")), "train.evaluate_split=nan: allowed"),
+        (lambda: data.split(SOME, "0.1"), "train.evaluate_split=0.1: allowed"),
+        (lambda: data.split(SOME, None), "train.evaluate_split=None: allowed"),
+        (lambda: data.split(SOME.select([0, 1]), 0.1), r"cannot be split \(that share of them is 0 cards\)"),
         (lambda: data.split(NONE, 0.1), "there are no cards to split"),
         (lambda: data.split(SOME, 0.01), "train.evaluate_split=0.01: 20 cards in 20 groups .*bring more cards"),
         (
@@ -176,6 +183,11 @@ def test_what_cannot_be_chosen_or_split_is_one_line(call, says):
     with pytest.raises(ValueError, match=says) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_a_share_that_groups_do_not_allow_is_said(caplog):
+    _, test = data.split(cards(["one"] * 90 + [f"q{i}" for i in range(10)], long(range(100))), 0.5)
+    assert len(test) == 10 and "held out are 10 instead of 50, for a group stays together" in caplog.text
 
 
 def test_a_specialty_named_twice_counts_once():

@@ -1,7 +1,9 @@
 """Which cards, and on which side of the split: seeded subsets, and groups of cards that give each other away."""
 
+import logging
 import unicodedata
 from collections.abc import Iterable
+from numbers import Real
 
 import numpy as np
 import pandas as pd
@@ -9,11 +11,14 @@ from datasets import Dataset
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+logger = logging.getLogger(__name__)
 LABEL_WORDS, LABEL_LETTERS = 3, 30  # an answer that is no longer may be a label, a number, or yes and no
 LABEL_CARDS, LABEL_SHARE = 2, 0.02  # and is one if more cards have it; a longer one, if this share of all has it
 LARGEST_SHARE = 0.9
 ENDS = " .?…。।؟"  # of a sentence
-QUOTES = str.maketrans("“”„«»‘’", '"""""\'\'')
+SHAPES = str.maketrans("“”„«»‘’", '"""""\'\'') | dict.fromkeys(  # quotes; and marks that nobody sees
+    [0xAD, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2060, 0x206A), 0xFE0E, 0xFE0F, 0xFEFF]
+)
 
 
 def choose(cards: Dataset, specialties: Iterable[str] | None, max_per_specialty: int | None, seed: int = 0) -> Dataset:
@@ -60,7 +65,7 @@ def split(cards: Dataset, test_share: float, seed: int = 0) -> tuple[Dataset, Da
     Raises:
         ValueError: an impossible share, no cards, or cards so few or so tied that one side would be empty.
     """
-    if not 0 <= test_share <= LARGEST_SHARE:
+    if not isinstance(test_share, Real) or not 0 <= test_share <= LARGEST_SHARE:
         raise ValueError(f"train.evaluate_split={test_share}: allowed is a share from 0 to {LARGEST_SHARE}")
     if not len(cards):
         raise ValueError("there are no cards to split")
@@ -74,11 +79,14 @@ def split(cards: Dataset, test_share: float, seed: int = 0) -> tuple[Dataset, Da
     for part, quota, order in zip(strata, quotas, orders, strict=True):
         _hold_out(test, members, order, min(quota - test[part].sum(), total - test.sum()))
     _hold_out(test, members, np.concatenate(orders), total - test.sum())  # what groups too large left open
+    said = (
+        f"train.evaluate_split={test_share}: {len(frame)} cards in {len(members)} groups of shared questions or answers"
+    )
     if test_share > 0 and (not test.any() or test.all()):
-        raise ValueError(
-            f"train.evaluate_split={test_share}: {len(frame)} cards in {len(members)} groups of shared questions or "
-            "answers cannot be split; set it to 0, or bring more cards"
-        )
+        why = f" (that share of them is {total} cards)" if total in (0, len(frame)) else ""
+        raise ValueError(f"{said} cannot be split{why}; set it to 0, or bring more cards")
+    if test.sum() < total:
+        logger.warning("%s: held out are %d instead of %d, for a group stays together", said, test.sum(), total)
     order = rng.permutation(len(frame))
     return cards.select(order[~test[order]]), cards.select(order[test[order]])
 
@@ -128,9 +136,9 @@ def questions(frame: pd.DataFrame) -> pd.Series:
 
 
 def key(text: str) -> str:
-    """A text without what leaves its meaning: Unicode's form, case, blanks, the shape of quotes, an end's stop."""
+    """A text without what leaves its meaning: form, case, blanks, quotes' shape, marks unseen, an end's stop."""
     if not text.isascii():  # casefolding may undo the form
-        text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).translate(QUOTES)
+        text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).translate(SHAPES)
     text = " ".join(text.casefold().split())
     return text.rstrip(ENDS) or text
 
