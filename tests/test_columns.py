@@ -101,6 +101,7 @@ def test_other_names_are_mapped_by_the_configuration(tmp_path, caplog):
         ({"question": "fragen"}, "has the columns Frage, Antwort; dataset.columns.question=fragen is none of them"),
         ({"frage": "Frage"}, "dataset.columns.frage: allowed are question, answer, context"),
         ({"question": "Frage"}, "has the columns Frage, Antwort; expected"),
+        ({"question": "Frage", "answer": "frage"}, "takes one of them, 'Frage', as question and as answer"),
     ],
 )
 def test_a_wrong_mapping_is_one_line(tmp_path, columns, says):
@@ -125,9 +126,11 @@ def turns(*texts, names=("role", "content"), roles=("user", "assistant"), system
         {"messages": json.dumps(turns("hi", "ho", "how?", "so.", system="Be kind."))},
         {"prompt": turns("hi", "ho", "how?", system="Be kind."), "completion": turns("so.", roles=("assistant",) * 2)},
         {"prompt": turns("hi", "ho", "how?", system="Be kind."), "completion": "so."},
+        {"messages": turns("hi", "ho", "how?", "so.", "Thanks!", system="Be kind.")},
+        {"messages": [{"role": "system", "content": ""}, *turns("hi", "ho", "how?", "so.", system="Be kind.")]},
         {"messages": turns("hi", "ho", [{"type": "text", "text": "how?"}], "so.", system="Be kind."), "id": 3},
     ],
-    ids=["messages", "sharegpt", "json", "trl", "trl-text", "parts"],
+    ids=["messages", "sharegpt", "json", "trl", "trl-text", "goes-on", "no-system", "parts"],
 )  # fmt: skip
 def test_the_assistants_last_turn_is_the_answer_and_what_stands_before_is_kept(tmp_path, row):
     (card,) = cards(tmp_path, [row])
@@ -138,6 +141,14 @@ def test_the_assistants_last_turn_is_the_answer_and_what_stands_before_is_kept(t
     assert data.load_flashcards(str(kept))[0] == card
 
 
+def test_rows_of_turns_beside_rows_of_text(tmp_path):
+    """What the first row is like says nothing of the others."""
+    pairs = [(None, None), ("a?", "b"), (turns("c?"), "d"), ("e?", turns("f", roles=("assistant",)))]
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    found = cards(tmp_path, rows)
+    assert [(card["question"], card["answer"]) for card in found] == [("a?", "b"), ("c?", "d"), ("e?", "f")]
+
+
 def test_conversations_that_cannot_be_learned_are_left_out_and_said(tmp_path, caplog):
     image = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": "x.png"}]
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": "f"}]}
@@ -146,11 +157,12 @@ def test_conversations_that_cannot_be_learned_are_left_out_and_said(tmp_path, ca
     assert len(cards(tmp_path, [{"messages": row} for row in rows])) == 1
     for says in (
         "left out 9 of 10 cards",
-        "3 that do not end with a user's turn and the assistant's (rows 2, 3, 7)",
+        "2 that do not end with a user's turn and the assistant's (rows 2, 7)",
+        "used without what follows the assistant's last turn: 1 conversations (row 3)",
         "1 with images or sounds (row 4)",
         "2 with tool calls or a role other than system, user and assistant (rows 5, 8)",
         "1 with an empty turn (row 9)",
-        "1 that are exact repetitions (row 10)",
+        "2 that are exact repetitions (rows 3, 10)",
     ):
         assert says in caplog.text
 

@@ -78,6 +78,17 @@ READ = {
     "packed.csv.xz": lzma.compress(table().encode()),
     "packed.zip": zipped(**{"inside.csv": table()}),
     "unpacked.csv.gz": table(),
+    "mac.zip": zipped(**{"cards.csv": table(), "__MACOSX/._cards.csv": "x", ".DS_Store": "x"}),
+    "twice.zip": zipped(**{"cards.csv.gz": gzip.compress(table().encode())}),
+    "said_on_a_mac.csv": "sep=;\r" + table(";", end="\r"),
+    "unseen.csv": table(header=("\u200bquestion", "\ufeffanswer\u200e")),
+    "marks_within.csv": table().replace("Was", "\ufeffWas"),
+    "open_end.csv": table().replace("answer", "answer,", 1),
+    "unicode_text.txt": table("\t").encode("utf-16"),
+    "index.csv": pd.DataFrame(ROWS).to_csv(),
+    "split.json": pd.DataFrame(ROWS).to_json(orient="split"),
+    "records.json": pd.DataFrame(ROWS).to_json(orient="table"),
+    "categories.parquet": parquet(pd.DataFrame(ROWS).astype("category")),
     "a file #1 – für alle.csv": table(),
 }
 
@@ -90,7 +101,7 @@ def test_the_same_rows_come_out_of_every_file(tmp_path, name, caplog):
         cards = data.load_flashcards(str(tmp_path / name))
     assert [(card["question"], card["answer"]) for card in cards] == TABLE
     (said,) = caplog.messages
-    assert name in said and "\n" not in said and ("question from" in said or "QUESTION from" in said)
+    assert name in said and "\n" not in said and re.search("(question|QUESTION)('|) from", said)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +221,16 @@ BAD = [
     ),
     ("renamed.csv", zipped(**{"[Content_Types].xml": "x", "xl/workbook.xml": "x"}), "a spreadsheet"),
     ("old.xls", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "a spreadsheet"),
-    ("notes.txt", "question,answer\na,b\n", "not a table of rows: bring .csv"),
+    ("notes.txt", "A note on gout.\nIt hurts.\n", "has the columns A note on gout.; expected"),
+    ("pointer.csv", "version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 5\n", "a pointer of Git LFS"),
+    ("packed.jsonl.zst", b"\x28\xb5\x2f\xfd\x04\0\n", "not a table of rows"),
+    ("base.db", b"SQLite format 3\0", "not a table of rows"),
+    ("table.arrow", b"ARROW1\0\0", "not a table of rows"),
+    ("sign_in.csv", "<!DOCTYPE html>\n<html>Sign in, please</html>\n", "not a table of rows"),
+    ("hollow.zip", zipped(**{"a.csv": ""}), "the file is empty"),
+    ("mac.csv", "question;answer\nWas heißt Übel?;Schlecht für mich\n".encode("mac-roman"), "not UTF-8 .*line 2"),
+    ("polish.csv", "question,answer\nCo to gorączka?,Podwyższona ciepłota ciała\n".encode("cp1250"), "not UTF-8"),
+    ("split.json", '{"columns": ["question", "answer"], "data": [["a", "b", "c"]]}', "has the columns columns, data"),
     ("paper.pdf", b"%PDF-1.7 ...", "not a table of rows"),
     ("paper.csv", b"%PDF-1.7 ...", "not a table of rows"),
     ("cut.csv.gz", gzip.compress(table().encode())[:-9], "cannot be unpacked .*is the file whole"),
@@ -255,6 +275,16 @@ def test_a_home_folder_and_what_exists_under_a_hubs_name(tmp_path, monkeypatch):
             data.load_flashcards("squad")
 
 
+def test_an_address_is_no_file_and_a_folder_may_be_laid_out_as_on_the_hub(tmp_path):
+    for name in ("https://nowhere.example/cards.csv", "hf://datasets/lab/cards", "s3://bucket/cards.parquet"):
+        with pytest.raises(ValueError, match=f"^{name}: an address; fetch what is there"):
+            data.load_flashcards(name)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "README.md").write_text("# Cards")
+    (tmp_path / "data" / "train-00000-of-00001.parquet").write_bytes(parquet(pd.DataFrame(ROWS)))
+    assert len(data.load_flashcards(str(tmp_path))) == 2
+
+
 def test_a_folder_brings_its_own_test_part(tmp_path, caplog):
     (tmp_path / "train-00000-of-00002.jsonl").write_text(LINES)
     (tmp_path / "train-00001-of-00002.jsonl").write_text('{"question": "Third?", "answer": "3"}')
@@ -286,7 +316,7 @@ def test_multiple_choice_reads_the_same_files(tmp_path):
         assert [(row["options"], row["answer"]) for row in found] == [(["yes", "no"], 1), (["one", "two"], 0)]
     nested = [{"question": "Q", "options": {"text": ["a", "b"], "label": ["A", "B"]}, "answer": "A"}]
     (tmp_path / "arc.json").write_text(json.dumps(nested))
-    with pytest.raises(ValueError, match="row 1: 'options' must be a list or a mapping of texts"):
+    with pytest.raises(ValueError, match="row 1: 'options' must be a list or a mapping of two texts"):
         multiple_choice.from_file(tmp_path / "arc.json")
 
 

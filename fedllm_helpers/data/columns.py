@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from fedllm_helpers.data import conversations
 from fedllm_helpers.data.files import Table
 
 logger = logging.getLogger(__name__)
+BLANKS = string.whitespace + "".join(filter(str.isspace, map(chr, range(128, 0x3001)))) + "\x1c\x1d\x1e\x1f\ufeff"
+INVISIBLE = re.compile("[\ufeff\u200b-\u200f\u2060]")
 Left = dict[str, list[int]]  # rows, from 1, that are left out, by the reason
 PAIRS = {
     "question": "answer",
@@ -23,7 +26,7 @@ PAIRS = {
 }
 CHATS = ("messages", "conversations", "conversation")
 OPTIONAL = ("context", "specialty", "card_id", "earlier_turns")
-ROLES = ("question", "answer", "context", "specialty", "card_id", "messages")  # that dataset.columns may map
+ROLES = ("question", "answer", "context", "specialty", "card_id", "messages", "input")  # that dataset.columns may map
 EXPECTED = (
     "expected 'question' and 'answer', 'instruction' (and 'input') and 'output', 'prompt' and 'completion', "
     "'messages', or others named by dataset.columns.question=… and dataset.columns.answer=…"
@@ -31,8 +34,8 @@ EXPECTED = (
 
 
 def normal(name: Any) -> str:
-    """A column's name without what people add to it: case, blanks, a byte order mark."""
-    return re.sub(r"[\s_\-]+", "_", str(name).replace("\ufeff", "").strip().casefold()).strip("_")
+    """A column's name without what people add to it: case, blanks, marks that nobody sees."""
+    return re.sub(r"[\s_\-]+", "_", INVISIBLE.sub("", str(name)).strip().casefold()).strip("_")
 
 
 def to_cards(tables: Sequence[Table], columns: Mapping[str, str] | None = None) -> list[Dataset]:
@@ -71,13 +74,24 @@ def roles(table: Table, columns: Mapping[str, str]) -> dict[str, str]:
     if absent:
         raise ValueError(f"{there}; dataset.columns.{absent[0][0]}={absent[0][1]} is none of them")
     mapped = {role: name if name in names else known[normal(name)] for role, name in columns.items()}
+    twice = [role for role, name in mapped.items() if list(mapped.values()).count(name) > 1]
+    if twice:
+        raise ValueError(
+            f"{there}; dataset.columns takes one of them, {mapped[twice[0]]!r}, as {' and as '.join(twice)}"
+        )
     free = {key: name for key, name in known.items() if name not in mapped.values()}
     chosen = {role: free[role] for role in OPTIONAL if role in free} | mapped
     if "messages" not in mapped:
         chosen |= _pair(free, mapped, there)
-    if "messages" in chosen or conversations.is_turns(table.frame[chosen["question"]].iloc[0]):
+    if _of_turns(table, chosen):
         chosen = {name: column for name, column in chosen.items() if name not in ("context", "earlier_turns")}
     return chosen
+
+
+def _of_turns(table: Table, role: dict[str, str]) -> bool:
+    """Whether rows are conversations, be it in one column or in two, and be it only some of the rows."""
+    pair = (table.frame[role[name]] for name in ("question", "answer") if name in role)
+    return "messages" in role or any(conversations.is_turns(value) for values in pair for value in values)
 
 
 def _pair(free: dict[str, str], mapped: dict[str, str], there: str) -> dict[str, str]:
@@ -104,9 +118,9 @@ def _pair(free: dict[str, str], mapped: dict[str, str], there: str) -> dict[str,
 
 
 def _cards(table: Table, role: dict[str, str], same: bool) -> Dataset:
-    left: Left = {}
-    if "messages" in role or conversations.is_turns(table.frame[role["question"]].iloc[0]):
-        cards = _from_turns(table, role, left)
+    left, cut = {}, []
+    if _of_turns(table, role):
+        cards = _from_turns(table, role, left, cut)
     else:
         cards = {"question": _questions(table, role, same), "answer": _texts(table, role, "answer")}
         cards["earlier_turns"] = _texts(table, role, "earlier_turns")
@@ -122,7 +136,7 @@ def _cards(table: Table, role: dict[str, str], same: bool) -> Dataset:
         else:
             seen.add(card)
             keep.append(row - 1)
-    _say(table, role, left, same)
+    _say(table, role, left, sorted(set(cut) - refused), same)
     if not keep:
         raise ValueError(f"{table.name}: no card with a question and an answer in {len(table.frame)} rows{_list(left)}")
     cards["specialty"] = [text or "general" for text in _texts(table, role, "specialty")]
@@ -142,8 +156,11 @@ def _questions(table: Table, role: dict[str, str], same: bool) -> list[str]:
     return ["\n".join(filter(None, (c, *q))) if any(q) else "" for c, q in zip(parts[0], asked, strict=True)]
 
 
-def _from_turns(table: Table, role: dict[str, str], left: Left) -> dict[str, list[str]]:
-    """Question, answer and history of rows that are conversations, or a prompt and a completion made of turns."""
+def _from_turns(table: Table, role: dict[str, str], left: Left, cut: list[int]) -> dict[str, list[str]]:
+    """Question, answer and history of rows that are conversations, or a prompt and a completion made of turns.
+
+    Rows that cannot be used are put into ``left``, and those that go on after the answer into ``cut``.
+    """
     speakers = {"messages": ""} if "messages" in role else {"question": "user", "answer": "assistant"}
     cards: list[tuple[str, str, str]] = []
     rows = zip(*(table.frame[role[name]] for name in speakers), strict=True)
@@ -151,7 +168,9 @@ def _from_turns(table: Table, role: dict[str, str], left: Left) -> dict[str, lis
         try:
             given = zip(values, speakers.values(), strict=True)
             whole = [conversations.turns(value, speaker) for value, speaker in given if not missing(value)]
-            cards.append(conversations.card([turn for turns in whole for turn in turns]))
+            said = [turn for turns in whole for turn in turns]
+            cards.append(conversations.card(said))
+            cut += [row] * (said[-1]["role"] != "assistant")
         except conversations.Unusable as reason:
             left.setdefault(str(reason), []).append(row)
             cards.append(("", "", ""))
@@ -165,7 +184,9 @@ def _texts(table: Table, role: dict[str, str], name: str) -> list[str]:
     if name not in role:
         return [""] * len(table.frame)
     values = table.frame[role[name]]
-    return [value.strip() if type(value) is str else _text(value, table, name, i) for i, value in enumerate(values, 1)]
+    return [
+        value.strip(BLANKS) if type(value) is str else _text(value, table, name, i) for i, value in enumerate(values, 1)
+    ]
 
 
 def _text(value: Any, table: Table, name: str, row: int) -> str:
@@ -195,7 +216,7 @@ def _list(left: Left) -> str:
     return ": " * bool(parts) + ", ".join(parts)
 
 
-def _say(table: Table, role: dict[str, str], left: Left, same: bool) -> None:
+def _say(table: Table, role: dict[str, str], left: Left, cut: list[int], same: bool) -> None:
     """One line on what was found out; a warning where something is not used, left out or doubtful."""
     unused = [repr(name) for name in table.frame.columns if name not in role.values()]
     parts = [table.found, ", ".join(f"{name} from {column!r}" for name, column in role.items())]
@@ -206,7 +227,9 @@ def _say(table: Table, role: dict[str, str], left: Left, same: bool) -> None:
     total = sum(map(len, left.values()))
     if total:
         parts.append(f"left out {total} of {len(table.frame)} cards{_list(left)}")
-    serious = unused or total or table.doubt
+    if cut:
+        parts.append("used without what follows the assistant's last turn" + _list({"conversations": cut}))
+    serious = unused or total or cut or table.doubt
     parts.append(table.doubt)
     if serious or table.found:  # the ontology has nothing to say
         logger.log(logging.WARNING if serious else logging.INFO, "%s: %s", table.name, "; ".join(filter(None, parts)))

@@ -17,6 +17,14 @@ MARKS = {  # the longer first: UTF-32's mark begins with that of UTF-16
     b"\xef\xbb\xbf": "utf-8-sig",
 }  # fmt: skip
 SHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
+FOREIGN = (  # the first bytes of files that hold no table, or one that other programs read
+    b"%PDF", b"{\\rtf", b"\xd0\xcf\x11\xe0", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!\x1a", b"ARROW1",
+    b"\xff\xff\xff\xff", b"Obj\x01", b"SQLite format 3", b"\x89HDF", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"<!",
+    b"<?xml", b"<html",
+)  # fmt: skip
+LFS = b"version https://git-lfs"
+# What cp1252 makes of a text in another code page for Latin letters: signs, or capitals, in the middle of words
+BENT = re.compile("[a-z](?:[¡¢£¤¥¦§©¬®±²³¶¹¼½¾¿†‡][a-z]|[ŠŒŽŸ])")
 SAMPLE = 65_536  # bytes from which an encoding without a mark is guessed
 
 
@@ -26,22 +34,24 @@ def unpack(content: bytes, path: Path) -> bytes:
     try:
         if content[:4] == b"PK\x03\x04" and suffix not in SHEETS:
             archive = zipfile.ZipFile(io.BytesIO(content))
-            names = [name for name in archive.namelist() if not name.endswith("/") and "__MACOSX" not in name]
+            names = [name for name in archive.namelist() if not re.search(r"(^|/)\.|/$", name)]  # no .DS_Store
             if "[Content_Types].xml" in names:
                 suffix = SHEETS[0]
             elif len(names) != 1:
                 raise ValueError(f"the archive holds {len(names)} files: unpack it, and name one ({', '.join(names)})")
             else:
-                return archive.read(names[0])
-        unpack = next((how for mark, how in PACKED.items() if content.startswith(mark)), None)
-        content = unpack(content) if unpack else content
+                return unpack(archive.read(names[0]), Path(names[0]))
+        how = next((how for mark, how in PACKED.items() if content.startswith(mark)), None)
+        content = how(content) if how else content
     except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"cannot be unpacked ({error}); is the file whole?") from None
     if suffix in SHEETS:
         raise ValueError("a spreadsheet: save its sheet as CSV UTF-8 (in Excel: Save as), and name that file")
     if not content.strip():
         raise ValueError("the file is empty")
-    if content.startswith((b"%PDF", b"{\\rtf", b"\xd0\xcf\x11\xe0")) or suffix in (".txt", ".pdf", ".docx", ".md"):
+    if content.startswith(LFS):
+        raise ValueError("a pointer of Git LFS, and not yet the file itself: fetch it with `git lfs pull`")
+    if content.startswith(FOREIGN) or content[257:262] == b"ustar" or suffix in (".pdf", ".docx", ".md"):
         raise ValueError(f"not a table of rows: bring {', '.join(SUFFIXES)} with a question and an answer in each row")
     return content
 
@@ -76,4 +86,4 @@ def _western(content: bytes) -> bool:
     whole = len(re.findall(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}", content))
     body = text.partition("\n")[2] or text  # names of columns are English
     letters = [letter for letter in body[: 16 * SAMPLE] if letter.isalpha() or letter > "\x7f"]
-    return not whole and sum(letter > "\x7f" for letter in letters) <= len(letters) / 2
+    return not whole and not BENT.search(body) and sum(letter > "\x7f" for letter in letters) <= len(letters) / 2

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 ROLES = {
-    "system": "system", "developer": "system", "user": "user", "human": "user",
+    "system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user", "ai": "assistant",
     "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
 }  # fmt: skip
 Turn = dict[str, str]  # role and content, as chat templates take them
@@ -58,15 +58,16 @@ def turns(value: Any, speaker: str = "") -> list[Turn]:
         if content is not None and not isinstance(content, str):
             raise ValueError(f"the content of a turn is {type(content).__name__}; expected text")
         found.append({"role": role, "content": (content or "").strip()})
-    return found
+    return [turn for turn in found if turn != {"role": "system", "content": ""}]  # many exports have empty ones
 
 
 def card(value: list[Turn]) -> tuple[str, str, str]:
     """(earlier turns, question, answer) of a conversation; the earlier turns as JSON text, empty where there are none.
 
     Raises:
-        Unusable: it does not end with a user's turn and an assistant's.
+        Unusable: the assistant's last turn does not answer a user's, or a turn before it is empty.
     """
+    value = value[: max((end for end, turn in enumerate(value, 1) if turn["role"] == "assistant"), default=0)]
     if [turn["role"] for turn in value[-2:]] != ["user", "assistant"]:
         raise Unusable("that do not end with a user's turn and the assistant's")
     if not all(turn["content"] for turn in value):

@@ -126,6 +126,10 @@ def _rows(value: Any) -> list:
     if not isinstance(value, dict):
         return value if isinstance(value, list) else [value]
     names, inner = {str(name).strip().casefold() for name in value}, list(value.values())
+    if value.keys() >= {"columns", "data"}:  # pandas' to_json(orient="split")
+        header, rows = value["columns"], value["data"]
+        if all(isinstance(row, list) and len(row) == len(header) for row in rows):
+            return [dict(zip(header, row, strict=True)) for row in rows]
     if not names & ROW_NAMES:
         lists = [item for item in inner if isinstance(item, list) and item and isinstance(item[0], dict)]
         if len(lists) == 1:
@@ -141,19 +145,19 @@ def _rows(value: Any) -> list:
 
 
 def _csv(text: str, suffix: str) -> tuple[pd.DataFrame, str]:
-    said = re.match(r'"?sep=(.)"?\r?\n', text, re.IGNORECASE)  # Excel's own way to say it
+    said = re.match(r'"?sep=(.)"?(?:\r\n?|\n)', text, re.IGNORECASE)  # Excel's own way to say it
     delimiter, text = (said[1], text[said.end() :]) if said else (_delimiter(text, suffix), text)
     lines = list(_cells(text, delimiter, 1 if said else 0))
     names = lines[0][1] if lines else []
-    rows = []
+    least, rows = max((i for i, name in enumerate(names, 1) if name.strip()), default=0), []
     for line, cells in lines[1:]:
         extra = "".join(cells[len(names) :]).strip()
-        if len(cells) < len(names) or extra:
+        if len(cells) < least or extra:
             raise ValueError(
                 f"line {line} has another number of columns than the first ({len(cells)} for {len(names)}; delimiter "
                 f"{delimiter!r}); put text with delimiters or line ends into quotes"
             )
-        rows.append(cells[: len(names)])
+        rows.append((cells + [""] * len(names))[: len(names)])
     frame = pd.DataFrame(rows, columns=names, dtype=object)
     nameless = [not str(name).strip() and (frame.iloc[:, i] == "").all() for i, name in enumerate(names)]
     return frame.loc[:, [not empty for empty in nameless]], delimiter

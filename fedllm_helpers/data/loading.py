@@ -116,6 +116,8 @@ def _apart(name: str, train: Dataset, test: Dataset) -> Dataset:
 def _tables(name: str) -> dict[str, Table]:
     if name == "hpo":
         return {"train": Table("hpo", pd.DataFrame(ontology.flashcards(), dtype=object))}
+    if "://" in name:
+        raise ValueError(f"{name}: an address; fetch what is there, and name the file")
     path = Path(name).expanduser()
     if name and os.path.isdir(path):
         return _folder(path)
@@ -134,6 +136,8 @@ def _folder(path: Path) -> dict[str, Table]:
         part = re.match(rf"({'|'.join(('train', *TESTS))})(-\d+-of-\d+)?\.", file.name.lower())
         if part and files.known_suffix(file):
             pieces.setdefault(part[1], []).append(file)
+    if not pieces and (path / "data").is_dir():  # as repositories of the hub are laid out
+        return _folder(path / "data")
     if "train" not in pieces:
         there = ", ".join(sorted(file.name for file in path.iterdir())[:10]) or "nothing"
         raise FileNotFoundError(f"no data file train.* ({', '.join(SUFFIXES)}) in the folder {path}; there is {there}")
