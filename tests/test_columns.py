@@ -149,6 +149,20 @@ def test_rows_of_turns_beside_rows_of_text(tmp_path):
     assert [(card["question"], card["answer"]) for card in found] == [("a?", "b"), ("c?", "d"), ("e?", "f")]
 
 
+def test_what_turns_hold_beside_their_text_is_said(tmp_path, caplog):
+    asked, answered = {"role": "user", "text": "a?", "name": ""}, {"role": "assistant", "text": "b", "reasoning": "c"}
+    (card,) = cards(tmp_path, [{"messages": [asked, answered]}])
+    assert (card["question"], card["answer"]) == ("a?", "b")
+    assert "cards.json: not used within turns: 'reasoning'" in caplog.text
+
+
+@pytest.mark.parametrize("history", ["hello", "[1]", '{"role": "user"}', '[{"role": "user"}]', "[" * 9])
+def test_a_history_that_is_none_is_one_line(tmp_path, history):
+    rows = [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d", "earlier_turns": history}]
+    with pytest.raises(ValueError, match=r"cards.json: row 2: earlier_turns is no list of turns"):
+        cards(tmp_path, rows)
+
+
 def test_conversations_that_cannot_be_learned_are_left_out_and_said(tmp_path, caplog):
     image = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": "x.png"}]
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": "f"}]}

@@ -3,7 +3,6 @@
 import logging
 import math
 import re
-import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ from typing import Any
 from datasets import Dataset
 
 from fedllm_helpers.data import conversations
+from fedllm_helpers.data.contents import BLANKS, INVISIBLE
 from fedllm_helpers.data.files import Table
 
 logger = logging.getLogger(__name__)
-BLANKS = string.whitespace + "".join(filter(str.isspace, map(chr, range(128, 0x3001)))) + "\x1c\x1d\x1e\x1f\ufeff"
-INVISIBLE = re.compile("[\ufeff\u200b-\u200f\u2060]")
 Left = dict[str, list[int]]  # rows, from 1, that are left out, by the reason
 PAIRS = {
     "question": "answer",
@@ -124,6 +122,9 @@ def _cards(table: Table, role: dict[str, str], same: bool) -> Dataset:
     else:
         cards = {"question": _questions(table, role, same), "answer": _texts(table, role, "answer")}
         cards["earlier_turns"] = _texts(table, role, "earlier_turns")
+        wrong = next((i for i, text in enumerate(cards["earlier_turns"], 1) if not conversations.is_history(text)), 0)
+        if wrong:
+            raise ValueError(f"{table.name}: row {wrong}: earlier_turns is no list of turns with role and content")
     refused = {row for rows in left.values() for row in rows}
     keep, seen = [], set()
     for row, card in enumerate(zip(cards["question"], cards["answer"], cards["earlier_turns"], strict=True), 1):
@@ -163,12 +164,14 @@ def _from_turns(table: Table, role: dict[str, str], left: Left, cut: list[int]) 
     """
     speakers = {"messages": ""} if "messages" in role else {"question": "user", "answer": "assistant"}
     cards: list[tuple[str, str, str]] = []
+    unused: set[str] = set()
     rows = zip(*(table.frame[role[name]] for name in speakers), strict=True)
     for row, values in enumerate(rows, 1):
         try:
             given = zip(values, speakers.values(), strict=True)
             whole = [conversations.turns(value, speaker) for value, speaker in given if not missing(value)]
             said = [turn for turns in whole for turn in turns]
+            unused |= conversations.unused(values)
             cards.append(conversations.card(said))
             cut += [row] * (said[-1]["role"] != "assistant")
         except conversations.Unusable as reason:
@@ -176,6 +179,8 @@ def _from_turns(table: Table, role: dict[str, str], left: Left, cut: list[int]) 
             cards.append(("", "", ""))
         except ValueError as error:
             raise ValueError(f"{table.name}: row {row}: {error}") from None
+    if unused:
+        logger.warning("%s: not used within turns: %s", table.name, ", ".join(sorted(map(repr, unused))))
     return dict(zip(("earlier_turns", "question", "answer"), map(list, zip(*cards, strict=True)), strict=True))
 
 

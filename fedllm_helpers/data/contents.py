@@ -5,6 +5,7 @@ import gzip
 import io
 import lzma
 import re
+import string
 import zipfile
 import zlib
 from pathlib import Path
@@ -25,6 +26,8 @@ FOREIGN = (  # the first bytes of files that hold no table, or one that other pr
 LFS = b"version https://git-lfs"
 # What cp1252 makes of a text in another code page for Latin letters: signs, or capitals, in the middle of words
 BENT = re.compile("[a-z](?:[¡¢£¤¥¦§©¬®±²³¶¹¼½¾¿†‡][a-z]|[ŠŒŽŸ])")
+BLANKS = string.whitespace + "".join(filter(str.isspace, map(chr, range(128, 0x3001)))) + "\x1c\x1d\x1e\x1f\ufeff"
+INVISIBLE = re.compile("[\ufeff\u200b-\u200f\u2060]")
 SAMPLE = 65_536  # bytes from which an encoding without a mark is guessed
 
 

@@ -1,12 +1,14 @@
 """Conversations as chat models learn from them: the last turn is the answer, what stands before it is the prompt."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user", "ai": "assistant",
     "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
 }  # fmt: skip
+SPEAKER, SAID = ("role", "from"), ("content", "value", "text")  # their names within a turn
 Turn = dict[str, str]  # role and content, as chat templates take them
 
 
@@ -47,7 +49,7 @@ def turns(value: Any, speaker: str = "") -> list[Turn]:
         raise ValueError('a conversation is no list of turns such as {"role": "user", "content": "…"}')
     found = []
     for turn in value:
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        role, content = (next((turn[key] for key in keys if key in turn), None) for keys in (SPEAKER, SAID))
         role = ROLES.get(str(role).strip().lower())
         if role is None or any(turn.get(key) for key in ("tool_calls", "function_call")):
             raise Unusable("with tool calls or a role other than system, user and assistant")
@@ -74,6 +76,25 @@ def card(value: list[Turn]) -> tuple[str, str, str]:
         raise Unusable("with an empty turn")
     before = value[:-2]
     return json.dumps(before, ensure_ascii=False) if before else "", value[-2]["content"], value[-1]["content"]
+
+
+def unused(values: Iterable[Any]) -> set[str]:
+    """Names within turns of what is not used, such as a model's reasoning."""
+    lists = (value for value in values if is_turns(value))
+    found = (item for turns in lists for turn in turns for item in turn.items())
+    return {name for name, said in found if name not in (*SPEAKER, *SAID) and said not in (None, "", [], {})}
+
+
+def is_history(text: str) -> bool:
+    """Whether a text is what :func:`earlier` reads."""
+    try:
+        found = json.loads(text or "[]")
+    except ValueError:
+        return False
+    return isinstance(found, list) and all(
+        isinstance(turn, dict) and turn.get("role") in ROLES.values() and isinstance(turn.get("content"), str)
+        for turn in found
+    )
 
 
 def earlier(card: dict) -> list[Turn]:
