@@ -163,8 +163,7 @@ def _from_turns(table: Table, role: dict[str, str], left: Left, cut: list[int]) 
     Rows that cannot be used are put into ``left``, and those that go on after the answer into ``cut``.
     """
     speakers = {"messages": ""} if "messages" in role else {"question": "user", "answer": "assistant"}
-    cards: list[tuple[str, str, str]] = []
-    unused: set[str] = set()
+    cards, unused = [], set()
     rows = zip(*(table.frame[role[name]] for name in speakers), strict=True)
     for row, values in enumerate(rows, 1):
         try:
@@ -242,13 +241,10 @@ def _say(table: Table, role: dict[str, str], left: Left, cut: list[int], same: b
 
 def _check_encodable(table: Table, cards: dict[str, list[str]], keep: list[int]) -> None:
     for name, texts in cards.items():
-        try:
-            "".join(texts).encode()
-        except UnicodeEncodeError:
-            at, half = next(
-                (i, found[0]) for i, text in enumerate(texts) if (found := re.search(r"[\ud800-\udfff]", text))
-            )
-            raise ValueError(
-                f"{table.name}: row {keep[at] + 1}: the {name} holds half a character ({half!r}, a lone surrogate): "
-                "write the file anew as UTF-8"
-            ) from None
+        for row, text in zip(keep, texts, strict=True):
+            half = None if text.isascii() else re.search(r"[\ud800-\udfff]", text)
+            if half:
+                raise ValueError(
+                    f"{table.name}: row {row + 1}: the {name} holds half a character ({half[0]!r}, a lone surrogate): "
+                    "write the file anew as UTF-8"
+                )
