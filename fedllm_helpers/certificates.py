@@ -26,7 +26,7 @@ NAME = re.compile(rf"(\*\.(?=.+\.))?({LABEL}\.)*(?!\d+$){LABEL}", re.IGNORECASE 
 
 
 def make_server(
-    folder: Path, hosts: tuple[str, ...] = ("127.0.0.1", "localhost"), days: int = 30, replace: bool = False
+    folder: str | Path, hosts: tuple[str, ...] = ("127.0.0.1", "localhost"), days: int = 30, replace: bool = False
 ) -> Path:
     """Make a certificate authority, and with it a certificate for the server.
 
@@ -44,6 +44,7 @@ def make_server(
     Raises:
         ValueError: no host, or what is none, days that no certificate has, or there are keys or certificates already.
     """
+    folder = folders.place(folder)
     names = _checked(folder, hosts, days, replace)
     authority_key, key = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
     issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "authority of one federation")])
@@ -73,8 +74,9 @@ def make_server(
 def _checked(folder: Path, hosts: tuple[str, ...], days: int, replace: bool) -> list[x509.GeneralName]:
     if not hosts or isinstance(hosts, str):
         raise ValueError(f"hosts={hosts!r}: give names or addresses by which hospitals reach the server, one or more")
-    if days == 0 or abs(days) > LONGEST:
-        raise ValueError(f"days={days}: a certificate is valid for 1 to {LONGEST} days")
+    if isinstance(days, bool) or not isinstance(days, int) or not 1 <= abs(days) <= LONGEST:
+        raise ValueError(f"days={days!r}: a certificate is valid for 1 to {LONGEST} days")
+    folders.clear(folder, folders.PART)
     there = [name for name in (AUTHORITY, SERVER_KEY, SERVER) if (folder / name).exists()]
     if there and not replace:
         raise ValueError(
@@ -98,7 +100,7 @@ def check(folder: Path) -> None:
         raise ValueError(f"{folder / SERVER} {what} ({valid}): make_server makes a new one, with replace=True")
 
 
-def make_node_key(path: Path) -> Path:
+def make_node_key(path: str | Path) -> Path:
     """Make the key pair by which the server knows a hospital: ``path`` stays there, ``path.pub`` goes to the server.
 
     Returns:
@@ -107,6 +109,7 @@ def make_node_key(path: Path) -> Path:
     Raises:
         ValueError: there is such a key already, by which a server may know the hospital.
     """
+    path = Path(path).expanduser()
     public_path = path.with_name(f"{path.name}.pub")
     if path.exists() or public_path.exists():
         raise ValueError(f"{path} is there already, and a server may know it: move it away, or name another")
@@ -143,8 +146,8 @@ def _usage(**allowed: bool) -> x509.KeyUsage:
 
 def _host(host: str) -> x509.GeneralName:
     with contextlib.suppress(ValueError):
-        return x509.IPAddress(ipaddress.ip_address(host))
-    if not NAME.fullmatch(host) or len(host) > 253:
+        return x509.IPAddress(ipaddress.ip_address(str(host)))
+    if not isinstance(host, str) or not NAME.fullmatch(host) or len(host) > 253:
         raise ValueError(
             f"host {host!r}: give a name such as fed.example.org, or an address, without scheme, port or path"
         )

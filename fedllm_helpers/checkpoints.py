@@ -177,9 +177,9 @@ def _read(path: Path) -> tuple[dict, Adapter]:
         raise OSError(f"{path} cannot be read ({error.strerror or error}); nothing was changed") from None
     except Exception as error:  # changed bytes raise a dozen types
         raise ValueError(f"{type(error).__name__}: {error}") from None
-    if "sha256" not in kept:
+    if "sha256" not in kept and "name" not in record:
         raise RuntimeError(f"{path} is of an earlier version, without checksum: go on with that, or name a new folder")
-    if checksum != kept["sha256"]:
+    if checksum != kept.get("sha256"):
         raise ValueError("its content is not what was written")
     if record["name"] != path.name:
         raise ValueError(f"it is {record['name']}, renamed")

@@ -17,16 +17,17 @@ from safetensors import SafetensorError
 logger = logging.getLogger(__name__)
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # PEFT's names; the last makes the folder an adapter
 # what a process that was killed leaves behind: of this version with its number, and of earlier ones
-OURS = r"adapter|adapter_model|round|edit|history|clients|provenance"
-LEFT = re.compile(rf"\.[\w-]+-(?P<process>\d+)-\w{{8}}\.part|\.({OURS})-.+|(round|edit)-\d{{6}}\.part")
+PART = re.compile(r"\.[\w-]+-(?P<process>\d+)-\w{8}\.part")
+LEFT = re.compile(rf"{PART.pattern}|\.(adapter|adapter_model|round|edit)-.+|(round|edit)-\d{{6}}\.part")
+OLD = ".old"  # in such a folder: what was set aside
 LEFT_BY_GRIDS = re.compile(r"[\w-]+\.(?P<process>\d+)\.part(\.npz)?")
 
 
-def place(folder: str | Path) -> Path:
-    """A folder to be written, ``~`` expanded.
+def place(folder: str | Path, *names: str) -> Path:
+    """A folder to be written, ``~`` expanded; ``names`` are of files to be put there.
 
     Raises:
-        ValueError: it has no name, or a file or a link to nowhere has it.
+        ValueError: it has no name, or a file or a link to nowhere has it; or a folder has one of the names.
     """
     if not str(folder).strip():
         raise ValueError("the name of a folder is empty: '.' is the one where this runs")
@@ -34,23 +35,26 @@ def place(folder: str | Path) -> Path:
     if not path.is_dir() and (path.exists() or path.is_symlink()):
         what = "a file" if path.is_file() else "a link to nowhere" if path.is_symlink() else "no folder"
         raise ValueError(f"{path} is {what}: name a folder, or one that is not there yet")
+    blocked = next((path / name for name in names if (path / name).is_dir()), None)
+    if blocked:
+        raise ValueError(f"{blocked} is a folder, where a file belongs: name another folder")
     return path
 
 
 def for_adapter(folder: str | Path) -> Path:
     """A folder for an adapter: a new one, an empty one, or one that has an adapter.
 
+    Where a process was killed while it replaced one, the old adapter is brought back first.
+
     Raises:
         ValueError: as :func:`place`, or it is a folder of something else, such as a base model.
     """
-    path = place(folder)
+    path = place(folder, *ADAPTER)
+    clear(path, PART)
     there = sorted(one.name for one in path.iterdir() if not LEFT.fullmatch(one.name)) if path.is_dir() else []
     odd = [name for name in there if name not in ADAPTER]
     if odd and ADAPTER[-1] not in there:
         raise ValueError(f"{path} is a folder of something else ({odd[0]}, {len(there)} in all): name another folder")
-    blocked = next((name for name in ADAPTER if (path / name).is_dir()), None)
-    if blocked:
-        raise ValueError(f"{path / blocked} is a folder, where a file of the adapter belongs: name another folder")
     return path
 
 
@@ -71,9 +75,10 @@ def replaced(folder: str | Path, *names: str, private: tuple[str, ...] = ()) -> 
         An empty folder to write into.
 
     Raises:
+        ValueError: as :func:`place`.
         OSError: something cannot be written; all is as it was.
     """
-    folder = place(folder)
+    folder = place(folder, *names)
     made = [one for one in (folder, *folder.parents) if not one.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     prefix = f".{names[-1].split('.')[0]}-{os.getpid()}-"
@@ -89,7 +94,7 @@ def replaced(folder: str | Path, *names: str, private: tuple[str, ...] = ()) -> 
 
 
 def _swap(folder: Path, new: Path, names: tuple[str, ...], private: tuple[str, ...]) -> None:
-    old, usual = new / ".old", new / ".usual"
+    old, usual = new / OLD, new / ".usual"
     usual.touch()
     for name in names:
         if name not in private:  # safetensors writes files that nobody else may read
@@ -165,7 +170,7 @@ def remove(folder: Path, *names: str) -> None:
 
 
 def clear(folder: Path, left: re.Pattern = LEFT, alone: bool = False) -> None:
-    """Delete what processes that were killed have left in a folder.
+    """Delete what processes that were killed have left in a folder; old files that one had set aside come back.
 
     Args:
         folder: of ours.
@@ -175,4 +180,16 @@ def clear(folder: Path, left: re.Pattern = LEFT, alone: bool = False) -> None:
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         found = left.fullmatch(path.name)
         if found and (alone or not found["process"] or not psutil.pid_exists(int(found["process"]))):
+            _bring_back(folder, path / OLD)
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def _bring_back(folder: Path, old: Path) -> None:
+    """Undo a replacement that was cut off: as long as one of the old files is missing, the new ones are not all there.
+
+    Missing ones come last, so that a second kill is found, too.
+    """
+    kept = sorted(old.iterdir(), key=lambda one: not os.path.lexists(folder / one.name)) if old.is_dir() else []
+    if not all(os.path.lexists(folder / one.name) for one in kept):
+        for one in kept:
+            os.replace(one, folder / one.name)

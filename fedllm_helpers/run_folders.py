@@ -52,13 +52,14 @@ def check_origin(folder: Path, origin: dict[str, Any]) -> None:
     try:
         before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         known = {name: text for name, text in before.get("fingerprint", {}).items() if text}
-    except (ValueError, AttributeError) as error:
+        settings = before.get("config", origin["config"])
+        facts = [{**one.get("versions", {}), **one.get("machine", {})} for one in (before, origin)]
+    except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): move it away, and nobody checks cards and model") from None
     changed = [name for name, text in origin["fingerprint"].items() if text and known.get(name, text) != text]
-    if changed and not checkpoints.differences(before["config"], origin["config"]):  # that is said by who reads rounds
+    if changed and not checkpoints.differences(settings, origin["config"]):  # that is said by who reads rounds
         what = f"the {' and the '.join(changed)} changed since round {rounds[0][0]}"
         raise ValueError(f"{what} of the run in {folder}: bring them back, or name a new folder")
-    facts = [{**one.get("versions", {}), **one.get("machine", {})} for one in (before, origin)]
     other = [
         f"{name} {facts[0][name]} there, {new} here" for name, new in facts[1].items() if facts[0].get(name, new) != new
     ]
@@ -74,7 +75,8 @@ def check_folder(folder: Path) -> None:
         ValueError: a file has that name, or files of a run's names lie there and no round.
     """
     names = [one.name for one in folder.iterdir()] if folders.place(folder).is_dir() else []
-    own = ORIGIN in names and '"fingerprint"' in (folder / ORIGIN).read_text(encoding="utf-8", errors="replace")
+    path = folder / ORIGIN
+    own = path.is_file() and '"fingerprint"' in path.read_text(encoding="utf-8", errors="replace")
     taken = sorted(set(RESULTS) & set(names) - ({ORIGIN} if own else set()))
     if taken and not checkpoints.rounds(folder):
         raise ValueError(f"{folder} has {', '.join(taken)} of something else, and no round: name another folder")

@@ -5,6 +5,7 @@ import ipaddress
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from cryptography import x509
@@ -17,6 +18,7 @@ NO_HOSTS = [
     "fed.example.org ", "fed.example.org/fleet", "user@fed.example.org", "10.0.0.0/24", "10.0.0.256", "1.2.3", "[::1]",
     "fed..example.org", ".example.org", "fed.example.org.", "-fed.example.org", "fed-.example.org", "*", "*.org",
     "a*.b.org", "fed.*.org", "spital.österreich", "x" * 64 + ".org", "a." * 130 + "org", "fed\n.org", "fed,example.org",
+    None, 5,
 ]  # fmt: skip
 HOSTS = ["localhost", "fed.example.org", "FED-2.example.org", "super_link", "*.fed.example.org", "10.0.0.5", "::1",
          "xn--sterreich-z7a.at", "4cores.example", "x" * 63 + ".org"]  # fmt: skip
@@ -44,6 +46,18 @@ def test_hosts_are_several(hosts, tmp_path):
         certificates.make_server(tmp_path, hosts)
 
 
+def test_a_home_is_found_before_anything_in_it_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert certificates.make_server("~/keys") == tmp_path / "keys"
+    before = made(tmp_path / "keys")
+    with pytest.raises(ValueError, match="new ones lock every hospital out"):
+        certificates.make_server(Path("~/keys"))
+    (tmp_path / "mine" / certificates.AUTHORITY).mkdir(parents=True)
+    with pytest.raises(ValueError, match="ca.crt is a folder, where a file belongs"):
+        certificates.make_server(tmp_path / "mine", replace=True)
+    assert made(tmp_path / "keys") == before and certificates.make_node_key("~/key").parent == tmp_path
+
+
 def test_hosts_stand_in_the_certificate_as_they_are(tmp_path):
     certificates.make_server(tmp_path, tuple(HOSTS))
     found = x509.load_pem_x509_certificate((tmp_path / certificates.SERVER).read_bytes())
@@ -52,7 +66,7 @@ def test_hosts_stand_in_the_certificate_as_they_are(tmp_path):
     assert set(names.get_values_for_type(x509.DNSName)) == set(HOSTS) - {"10.0.0.5", "::1"}
 
 
-@pytest.mark.parametrize("days", [0, 10**6, -(10**6), 3651])
+@pytest.mark.parametrize("days", [0, 10**6, -(10**6), 3651, 1.5, True, None, float("nan")])
 def test_days_that_no_certificate_has_are_refused(days, tmp_path):
     with pytest.raises(ValueError, match=f"days={days}: a certificate is valid for 1 to 3650 days"):
         certificates.make_server(tmp_path, days=days)

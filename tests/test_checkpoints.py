@@ -113,10 +113,6 @@ def test_a_damaged_file_falls_back_to_the_round_before(tmp_path, caplog, damage)
     assert [path.stem for path in files] == ["round-000003", "round-000004"], "the newest two are kept, nothing else"
     (tmp_path / "round-000004.damaged").write_text("of an earlier time")
     DAMAGES[damage](files[-1])
-    if damage == "its checksum":  # as of an earlier version, which had none
-        with pytest.raises(RuntimeError, match="without checksum"):
-            tiny.federate(cfg, folder=tmp_path)
-        return
     bad, seen = files[-1].read_bytes(), []
     with caplog.at_level(logging.WARNING):
         adapter, _ = tiny.federate(cfg, tiny.client(seen=seen), folder=tmp_path)
@@ -126,6 +122,29 @@ def test_a_damaged_file_falls_back_to_the_round_before(tmp_path, caplog, damage)
     assert all(np.array_equal(wanted[key], adapter[key]) for key in adapter)
     assert (tmp_path / "round-000004.damaged").read_text() == "of an earlier time"
     assert (tmp_path / "round-000004.damaged1").read_bytes() == bad
+
+
+def test_every_byte_of_a_round_counts(tmp_path):
+    """One bit of each byte, all lengths, other lengths of the header: found in one line, or the very same content."""
+    tiny.federate(tiny.settings("federation.strategy=FedAdam", rounds=1), folder=tmp_path)
+    (path,) = tmp_path.glob("round-*")
+    raw = path.read_bytes()
+    changed = [raw[:n] + bytes([raw[n] ^ 1 << n % 8]) + raw[n + 1 :] for n in range(len(raw))]
+    changed += [raw[:n] for n in range(0, len(raw), 31)] + [n.to_bytes(8, "little") + raw[8:] for n in (0, 9, 2**62)]
+    changed += [raw[:n] + bytes(256) + raw[n + 256 :] for n in range(0, len(raw) - 256, 256)]
+    for content in changed:
+        path.write_bytes(content)
+        with pytest.raises(ValueError) as error:  # noqa: PT011 - a dozen reasons
+            checkpoints._read(path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_round_of_an_earlier_version_is_named_and_left(tmp_path):
+    path = tmp_path / "round-000001.safetensors"
+    save_file({"adapter/a": np.zeros(1)}, path, metadata={"record": '{"number": 1}'})
+    with pytest.raises(RuntimeError, match="of an earlier version, without checksum"):
+        checkpoints.latest(tmp_path, tiny.settings())
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_round_under_another_number_is_found(tmp_path, caplog):

@@ -1,5 +1,6 @@
 """The grid: arms that are read back, tables that are whole, and what is said where they are not."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -136,6 +137,19 @@ DAMAGES = {
     "text": lambda raw: b"nothing of the kind",
     "a bit": lambda raw: raw[:200] + bytes([raw[200] ^ 1]) + raw[201:],
 }
+
+
+def test_no_changed_byte_of_a_result_comes_out_as_another(tmp_path):
+    path = tmp_path / "arm.npz"
+    arms.keep(path, nll=np.arange(4.0), right=np.zeros(0, bool), seconds=1.5)
+    raw, wanted = path.read_bytes(), arms.kept(path)
+    for place, bit in itertools.product(range(len(raw)), (1, 128)):
+        path.write_bytes(raw[:place] + bytes([raw[place] ^ bit]) + raw[place + 1 :])
+        found = arms.kept(path)
+        path.with_suffix(".damaged").unlink(missing_ok=True)
+        assert found is None or {k: v.tobytes() for k, v in found.items()} == {
+            k: v.tobytes() for k, v in wanted.items()
+        }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -150,6 +150,57 @@ def test_what_fails_on_the_way_leaves_the_old_adapter_whole(name, number, error,
     assert contents(tmp_path) == before and not (tmp_path / "new").exists(), "nor does a folder stay behind"
 
 
+KILLED = """
+import os, sys
+from pathlib import Path
+from fedllm_helpers import folders
+
+def put(folder, version):
+    with folders.replaced(folder, *folders.ADAPTER) as scratch:
+        for name in folders.ADAPTER:
+            (scratch / name).write_text(version)
+
+def killed(name, number, after):
+    call, left = getattr(os, name), [number]
+    def last(*given, **more):
+        left[0] -= 1
+        if left[0] or after:
+            done = call(*given, **more)
+        return done if left[0] else os._exit(9)
+    setattr(os, name, last)
+
+for name, after in [(n, a) for n in ("fsync", "chmod", "rename", "replace", "unlink", "rmdir") for a in (0, 1)]:
+    for number in (1, 2):
+        folder = Path(sys.argv[1]) / f"{name}-{after}-{number}"
+        put(folder, "old")
+        (folder / "README.md").write_text("mine")
+        if not os.fork():
+            killed(name, number, after)
+            put(folder, "new")
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
+        for again in range(2):  # killed anew while the old one is brought back
+            if not os.fork():
+                killed("replace", 1, again)
+                folders.for_adapter(folder)
+                os._exit(0)
+            os.wait()
+        folders.for_adapter(folder)
+        print(folder.name, *sorted(f"{p.name}:{p.read_text()}" for p in folder.iterdir()))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="processes that fork")
+def test_whenever_a_process_is_killed_the_old_adapter_is_whole_or_the_new_one(tmp_path):
+    """Killed before and after every call that changes a file, and once more while the old one is brought back."""
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], capture_output=True, text=True)
+    assert len(done.stdout.splitlines()) == 24, done.stderr
+    for line in done.stdout.splitlines():
+        kill, *files = line.split()
+        version = "new" if kill.startswith(("replace-1-2", "unlink", "rmdir")) else "old"
+        assert files == ["README.md:mine", *(f"{name}:{version}" for name in sorted(folders.ADAPTER))], line
+
+
 def test_config_and_weights_of_two_versions_never_stand_together(model, tmp_path, monkeypatch):
     """Whenever a process is killed: with the new configuration there are the new weights, or none."""
     folder, seen = models.save_adapter(model, tmp_path / "adapter"), []

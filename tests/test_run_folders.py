@@ -107,8 +107,13 @@ def test_another_device_or_version_is_said_in_one_line(finished, caplog):
     path.unlink()
     go_on(cfg, folder)
     assert "it says nothing of its cards and model" in caplog.text
-    path.write_text("{")
-    with pytest.raises(ValueError, match="provenance.json is damaged"):
+    for damaged in ("{", "[]", '{"fingerprint": []}', '{"versions": null, "fingerprint": {}}', "\0"):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match="provenance.json is damaged") as error:
+            go_on(cfg, folder)
+        assert "\n" not in str(error.value)
+    path.write_text(json.dumps({"fingerprint": {"cards": "0" * 64}}))
+    with pytest.raises(ValueError, match="the cards changed since round 2"):
         go_on(cfg, folder)
     path.write_text(before)
 
@@ -116,7 +121,15 @@ def test_another_device_or_version_is_said_in_one_line(finished, caplog):
 LEFT = [".adapter-x1y2z3a4/new/adapter_model.safetensors", ".round-000003-abcdefgh/x", "round-000003.part",
         "adapter/.adapter_model-999999-abcdefgh.part/y", "adapters/.round-000002-abcdefgh/new/z",
         ".history-999999-abc_efgh.part/history.csv"]  # fmt: skip
-KEPT = [".adapter", "round.part", "mine.part", ".mine-abc/x", "adapter/notes.part", "adapters/.hidden/x"]
+KEPT = [
+    ".adapter",
+    "round.part",
+    "mine.part",
+    ".mine-abc/x",
+    "adapter/notes.part",
+    "adapters/.hidden/x",
+    ".history-of-mine/x",
+]
 
 
 def test_what_a_kill_left_is_cleared_by_the_next_run_alone(finished):
@@ -139,8 +152,10 @@ def test_a_run_that_never_finished_a_round_begins_anew(finished, tmp_path):
     assert (tmp_path / run_folders.ORIGIN).is_file()
     assert len(simulation.run(cfg, folder=tmp_path, progress=False).history) == 1
     folders.write(tmp_path / "other" / run_folders.ORIGIN, '{"from": "grandmother"}')
-    with pytest.raises(ValueError, match="provenance.json of something else"):
-        go_on(cfg, tmp_path / "other")
+    folders.write(tmp_path / "folder" / run_folders.ORIGIN / "mine", "mine")
+    for name in ("other", "folder"):
+        with pytest.raises(ValueError, match="provenance.json of something else"):
+            go_on(cfg, tmp_path / name)
 
 
 def test_a_fingerprint_is_of_cards_and_model_alone(finished):
