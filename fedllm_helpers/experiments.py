@@ -28,7 +28,7 @@ from fedllm_helpers.arms import KEPT, finished, pool, run_all, score_arm, tuning
 from fedllm_helpers.audits import privacy_grid
 from fedllm_helpers.lab import lab_grid
 from fedllm_helpers.provenance import fingerprint, provenance
-from fedllm_helpers.results import publish, same_origin, write
+from fedllm_helpers.results import origin_of, publish, same_origin, write
 from fedllm_helpers.views import views_grid
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
@@ -133,7 +133,7 @@ def analysis(seeds: list[int], folder: Path, processes: int, names: list[str], q
         names: of :data:`ANALYSIS`, those to run; finished ones of the others are in the tables, too.
         quick: few cards and rounds; the tables stay in ``build/experiments``.
     """
-    start, chosen = time.perf_counter(), json.loads((folder / "federated.json").read_text(encoding="utf-8"))
+    start, chosen = time.perf_counter(), origin_of(folder / "federated.json")
     same_origin(folder / "federated.json", chosen)
     cfg, rates = config.load("cpu", "federation.threads=1", *(SMALL if quick else [])), chosen["learning_rates"]
     rates["federated/dirichlet"] = rates[SPECIALTY]
@@ -175,6 +175,8 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
         parser.error(f"--arms and --quick belong to analysis, and {arguments.grid} runs all of its arms")
     if arguments.folder.is_file():
         parser.error(f"--folder {arguments.folder}: it is a file; expected a folder")
+    if arguments.grid == "analysis" and not (arguments.folder / "federated.json").is_file():
+        parser.error(f"--folder {arguments.folder}: it has no federated.json; the grid 'federated' makes it")
 
 
 def main() -> None:
@@ -190,6 +192,13 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     _check(parser, arguments)
+    try:
+        _run(arguments)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def _run(arguments: argparse.Namespace) -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if arguments.grid == "analysis":
         seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds

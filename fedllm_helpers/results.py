@@ -1,9 +1,10 @@
 """Tables of finished arms on disk, with their provenance: written whole or not at all, checked when read."""
 
+import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from fedllm_helpers import config, data, folders
 from fedllm_helpers.arms import Result
 from fedllm_helpers.provenance import fingerprint, provenance
+from fedllm_helpers.screening import printable
 
 logger = logging.getLogger(__name__)
 RESULTS = ["arm", "seed", "learning_rate", "nll", "cards", "choice", "bytes_up", "bytes_down", "seconds"]
@@ -77,6 +79,28 @@ def publish(stem: Path, target: Path) -> None:
             shutil.copy(stem.with_name(stem.name + ending), scratch / (target.name + ending))
 
 
+def origin_of(path: Path) -> dict[str, Any]:
+    """The provenance of a stored grid.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    with _whole(path):
+        origin = json.loads(path.read_text(encoding="utf-8"))
+        for part in ("versions", *(("config", "fingerprint") if "fingerprint" in origin else ())):
+            origin[part].items()
+        return origin
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        said = printable(f"{type(error).__name__}: {error}")
+        raise ValueError(f"{path} is damaged ({said}): make it again") from None
+
+
 def same_origin(path: Path, origin: dict[str, Any]) -> None:
     """See that cards and model are those of a stored grid; one that has no fingerprint, or a model not here, passes.
 
@@ -100,13 +124,18 @@ def read(path: Path, columns: Iterable[str] = RESULTS) -> tuple[pd.DataFrame, di
 
     Raises:
         FileNotFoundError: there is no such table, or no provenance.
-        ValueError: a column is missing, or a value is; or cards or model are others than it was made with.
+        ValueError: one of both is damaged, a column or a value is missing, or cards or model are others than it was
+            made with.
     """
     beside = path.with_name(path.stem.removesuffix("_cards") + ".json")
     for file in (path, beside):
         if not file.is_file():
             raise FileNotFoundError(f"no results at {file}: make them with python -m fedllm_helpers.experiments")
-    table, origin = pd.read_csv(path), json.loads(beside.read_text(encoding="utf-8"))
+    with _whole(path):
+        table = pd.read_csv(path)
+        if not isinstance(table.index, pd.RangeIndex):
+            raise ValueError("its rows are longer than its header")
+    origin = origin_of(beside)
     same_origin(path, origin)
     missing = [name for name in columns if name not in table.columns]
     if missing:

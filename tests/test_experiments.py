@@ -139,6 +139,29 @@ DAMAGES = {
 }
 
 
+HEAD = ",".join(results.RESULTS) + "\n"
+ODD = {  # .csv and .json
+    "json cut": (HEAD, '{"versions": {'),
+    "json empty": (HEAD, ""),
+    "json list": (HEAD, "[]"),
+    "json without versions": (HEAD, "{}"),
+    "json without settings": (HEAD, '{"versions": {}, "fingerprint": {"cards": "x"}}'),
+    "csv empty": ("", '{"versions": {}}'),
+    "csv ragged": (HEAD + "1," * 30 + "\n", '{"versions": {}}'),
+    "csv of zeros": ("\0" * 99, '{"versions": {}}'),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_damaged_table_or_provenance_is_named(kind, tmp_path):
+    for name, text in zip(("x.csv", "x.json"), ODD[kind], strict=True):
+        (tmp_path / name).write_text(text)
+    said = "has no column" if kind == "csv of zeros" else f"{kind.split()[0]} is damaged .*: make it again"
+    with pytest.raises(ValueError, match=said) as error:
+        results.read(tmp_path / "x.csv")
+    assert "\n" not in str(error.value)
+
+
 def test_no_changed_byte_of_a_result_comes_out_as_another(tmp_path):
     path = tmp_path / "arm.npz"
     arms.keep(path, nll=np.arange(4.0), right=np.zeros(0, bool), seconds=1.5)
@@ -231,6 +254,8 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path):
         (["views", "--quick"], "belong to analysis"),
         (["analysis", "--arms", "nope"], "unknown arm 'nope'"),
         (["federated", "--folder", __file__], "it is a file"),
+        (["analysis", "--folder", "nowhere"], "it has no federated.json"),
+        (["views", "--folder", f"{__file__}/in"], "Not a directory"),
         (["everything"], "invalid choice"),
     ],
 )
