@@ -100,6 +100,15 @@ WIRE = {  # what crosses Flower's wire as it is
     "noise": array(raw(bytes(range(256)))),
     "brackets": array(raw(b"\x93NUMPY\x01\x00\x76\x00{'descr': " + b"[" * 108)),
     "code": array(raw(b"\x93NUMPY\x01\x00\x76\x00" + b"__import__('os').abort()".ljust(118))),
+    "a payload of NaN": array(np.full((3, 2), 0x7F812345, np.uint32).view(np.float32)),
+    "a header of 10**90 rows": array(raw(npy(B, shape=(10**90, 2)))),
+    "a header of no rows, endless": array(raw(npy(B[:0], shape=(0, 10**30)))),
+    "a type within a type": array(raw(npy(B, descr=("<f4", (2,)), shape=(3,)))),
+    "fields": array(np.zeros((3, 2), [("a", "<f4")])),
+    "dates": array(B.astype("M8[s]")),
+    "cards 2**62": number("num-examples", 2**62),
+    "a key of no letters": lambda content: content["arrays"].update({"": TINY}),
+    "packed anew": record(packed=ArrayRecord({"all": TINY})),
     "another serialisation": array(raw(npy(B), stype="pickle")),
 }  # fmt: skip
 MILLION = dict.fromkeys(map(str, range(10**6)), TINY)
@@ -175,6 +184,11 @@ FINE = {
     "cards with a point": number("num-examples", 20.0),
     "the most cards": number("num-examples", 10**6),
     "examples untold": lambda content: content["metrics"].pop("examples"),
+    "denormal values": array(B * np.finfo(np.float32).smallest_subnormal),
+    "zeros below zero": array(-B * 0),
+    "a described shape that lies": array(Array(dtype="float64", shape=(9,), stype="numpy.ndarray", data=npy(B))),
+    "settings of 10 MB": record(mine=ConfigRecord({"note": "x" * 10**7})),
+    "loss after training untold": lambda content: content["metrics"].pop("loss-after"),
     "large values": array(np.full((3, 2), -9e11, np.float32)),
 }
 
