@@ -243,12 +243,5 @@ def _bootstrap(statistic: Callable, samples: tuple[np.ndarray, ...], seed: int) 
 
 
 def _bar(total: int, description: str | None) -> tqdm:
-    return tqdm(
-        total=total,
-        desc=description,
-        unit="card",
-        file=sys.stdout,
-        ncols=100,
-        mininterval=0.5,
-        disable=description is None,
-    )
+    style = {"unit": "card", "file": sys.stdout, "ncols": 100, "mininterval": 0.5}
+    return tqdm(total=total, desc=description, disable=description is None, **style)

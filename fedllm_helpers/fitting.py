@@ -134,7 +134,7 @@ def check_causal(name: str, base: PreTrainedModel, tokenizer: PreTrainedTokenize
     def watched(layer: torch.nn.Module, given: tuple, embedded: torch.Tensor) -> torch.Tensor:
         """Keep the embedded text, and let derivatives begin there."""
         seen.append(embedded.detach().requires_grad_())
-        return seen[-1]
+        return seen[-1].clone()  # which a model may scale in place (CTRL)
 
     hook = base.get_input_embeddings().register_forward_hook(watched)
     try:

@@ -101,11 +101,11 @@ def add_adapter(base: torch.nn.Module, lora: DictConfig, seed: int = 0) -> PeftM
             return get_peft_model(base, settings)
         except ValueError as error:
             reason = " ".join(str(error).split()).rstrip(".")
-            here = {n.split(".")[-1] for n, m in base.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
-            raise ValueError(
-                f"model.lora.target_modules={targets}: {reason}; "
-                f"layers here: {', '.join(sorted(here - {'lm_head', 'embed_out'}))}"
-            ) from None
+            reason = reason if targets else f"no default is known for {base.config.model_type}, name some"
+            last = getattr(base, "get_output_embeddings", lambda: None)()
+            layers = [(n, m) for n, m in base.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+            here = sorted({n.split(".")[-1] for n, m in layers if m is not last})
+            raise ValueError(f"model.lora.target_modules={targets}: {reason}; layers here: {', '.join(here)}") from None
 
 
 def device_and_dtype(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:

@@ -112,7 +112,9 @@ def fine_tune(
             model.eval()
     seconds = time.perf_counter() - start
     memory.release()
-    return _record(trainer, seconds)
+    history = pd.DataFrame([row for row in trainer.state.log_history if "loss" in row], columns=HISTORY)
+    share = 1 - trainer.tokens / max(trainer.cells, 1)
+    return TrainingRecord(history, trainer.examples, trainer.tokens, share, seconds)
 
 
 def _encoded(cards: Dataset, tokenizer: PreTrainedTokenizerBase, cfg: DictConfig) -> list[dict]:
@@ -122,12 +124,6 @@ def _encoded(cards: Dataset, tokenizer: PreTrainedTokenizerBase, cfg: DictConfig
     if batch > len(rows):
         logger.warning("per_device_train_batch_size=%d: there are %d cards, and a step takes all", batch, len(rows))
     return rows
-
-
-def _record(trainer: "AdapterTrainer", seconds: float) -> TrainingRecord:
-    history = pd.DataFrame([row for row in trainer.state.log_history if "loss" in row], columns=HISTORY)
-    share = 1 - trainer.tokens / max(trainer.cells, 1)
-    return TrainingRecord(history, trainer.examples, trainer.tokens, share, seconds)
 
 
 def rounds(cfg: DictConfig) -> list[Round]:
@@ -237,9 +233,8 @@ class _ProgressBar(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kw: Any) -> None:
         """Start the bar on stdout, where a notebook keeps its last line and no error stream."""
-        self.bar = tqdm(
-            total=state.max_steps, desc=self.description, unit="step", file=sys.stdout, ncols=100, mininterval=0.5
-        )
+        style = {"unit": "step", "file": sys.stdout, "ncols": 100, "mininterval": 0.5}
+        self.bar = tqdm(total=state.max_steps, desc=self.description, **style)
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kw: Any) -> None:
         """One step on."""

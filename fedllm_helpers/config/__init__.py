@@ -18,6 +18,7 @@ from fedllm_helpers.config import contradictions, prompts, training_arguments
 from fedllm_helpers.config.schema import Config
 
 PRESETS = ("cpu", "course", "gpu")
+FLAGS = {"true", "false", "yes", "no", "on", "off", "y", "n", "t", "f", "1", "0"}
 CONF = Path(str(files("fedllm_helpers") / "conf"))
 
 
@@ -47,10 +48,15 @@ def load(source: str | Path | DictConfig = "cpu", *overrides: str, **named: Any)
         config = OmegaConf.merge(config, given, changes)
         OmegaConf.set_readonly(config, False)  # merged from a configuration that is
         OmegaConf.resolve(config)
+        _check_flags(OmegaConf.merge(given, changes))
     except OmegaConfBaseException as error:
         raise ValueError(_one_line(error)) from None
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+    except TypeError:
+        raise ValueError(f"{source}, {' '.join(overrides)}: a list and named settings meet in one place") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{source} cannot be read as YAML settings: {' '.join(str(error).split())}") from None
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise ValueError(f"{missing[0]}=???: it is left open; give it a value")
     said = set(_leaves(changes))
     _check(config, Config)
     if config.dataset.prompt != prompts.CHAT:
@@ -144,9 +150,9 @@ def _settings(schema: type, prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def _nearest(word: str, known: list[str]) -> str:
+def _nearest(word: str, known: list[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    return f"; did you mean {prefix + close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
 def _changes(overrides: tuple) -> DictConfig:
@@ -156,7 +162,7 @@ def _changes(overrides: tuple) -> DictConfig:
             raise ValueError(f"override {str(override)[:80]!r}: {right}, each a text of its own")
         key, equals, value = override.partition("=")
         key, value = key.strip(), value if key.strip() == "dataset.prompt" else value.strip()
-        if not equals or not key or key.startswith("-"):
+        if not equals or key.startswith("-") or not all(key.split(".")):
             raise ValueError(f"override {override!r}: {right}")
         try:
             changes.merge_with_dotlist([f"{key}={_verbatim(key, value)}"])
@@ -168,6 +174,7 @@ def _changes(overrides: tuple) -> DictConfig:
 def _verbatim(key: str, value: str) -> str:
     """A path, a column or a template as it was typed: YAML would cut it at " #" and read "Answer: x" as a mapping."""
     text = key in ("dataset.name", "dataset.test", "dataset.prompt") or key.startswith("dataset.columns.")
+    text = text or " #" in value and key in ("model.name", "train.training_arguments.output_dir")
     as_it_is = not text or value in ("", "null") or value.startswith(("'", '"', "${"))
     return value if as_it_is else json.dumps(value)
 
@@ -209,14 +216,25 @@ def _one_line(error: OmegaConfBaseException) -> str:
     key, first = error.full_key or "", str(error).splitlines()[0]
     if "not in" in first:
         names = [name for name, _ in _settings(Config)]
-        homes = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
-        depth = key.count(".") + 1  # 'modle' is compared with 'model', not with 'model.name'
-        known = {".".join(name.split(".")[:depth]) for name in names if name.count(".") >= depth - 1}
-        return f"unknown key {key!r}" + (f"; did you mean {homes[0]!r}?" if homes else _nearest(key, sorted(known)))
+        names += [f"train.training_arguments.{name}" for name in training_arguments.TAKEN]
+        where, dot, last = key.rpartition(".")
+        homes = [name for name in names if name.split(".")[-1] == last]
+        known = {name.removeprefix(where + dot).split(".")[0] for name in names if name.startswith(where + dot)}
+        return f"unknown key {key!r}" + (f"; did you mean {homes[0]!r}?" if homes else _nearest(last, sorted(known), where + dot))
     if not key:  # a section that is none
         return f"the settings do not fit into {', '.join(item.name for item in fields(Config))}: {first[:120]}"
     wanted = dict(_settings(Config)).get(key)
-    return f"{key}: {first}" + (f"; expected {wanted.type} ({wanted.metadata['meaning']})" if wanted else "")
+    kind = getattr(wanted, "type", None)
+    kind = kind.__name__ if isinstance(kind, type) else kind
+    return f"{key}: {first}" + (f"; expected {kind} ({wanted.metadata['meaning']})" if wanted else "")
+
+
+def _check_flags(given: DictConfig) -> None:
+    """OmegaConf takes any number for a flag: 3, -1 and "2" would all be true."""
+    for key, setting in _settings(Config):
+        value = OmegaConf.select(given, key, throw_on_resolution_failure=False) if setting.type is bool else None
+        if value is not None and str(value).lower() not in FLAGS:
+            raise ValueError(f"{key}={value}: allowed are true and false ({setting.metadata['meaning']})")
 
 
 def _check(config: DictConfig, schema: type) -> None:

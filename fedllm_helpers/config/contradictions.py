@@ -87,7 +87,8 @@ def _check_training(cfg: DictConfig, said: set[str]) -> None:
                 )
         if "run_name" in said_here and not training_arguments.trackers(given.get("report_to")):
             raise ValueError(f"{where}.run_name has no effect without a tracker; set report_to")
-        if mine.get("warmup_steps") and given.get("lr_scheduler_type") == "constant":
+        calm = f"{where}.lr_scheduler_type" in said and "warmup_steps" not in said_here  # over a preset's own warm-up
+        if mine.get("warmup_steps") and given.get("lr_scheduler_type") == "constant" and not calm:
             raise ValueError(
                 f"{where}.warmup_steps={mine['warmup_steps']} has no effect beside lr_scheduler_type=constant; set "
                 "that to constant_with_warmup"
