@@ -156,6 +156,20 @@ federation.secure_aggregation.value_range=4 | nothing is protected without thres
 federation.privacy.record.epsilon=8 federation.training_arguments.max_grad_norm=1 | max_grad_norm=1: it has no effect
 federation.privacy.record.epsilon=8 train.training_arguments.train_sampling_strategy=random | draws its cards by chance
 federation.privacy.record.epsilon=8 federation.training_arguments.num_train_epochs=2 | counts its steps beforehand
+model.gradient_checkpointing=3 | allowed are true and false
+model.lora.use_rslora=-1 | allowed are true and false
+federation.compression.error_feedback="2" | allowed are true and false
+seed=??? | seed=???: it is left open
+dataset.specialties=??? | it is left open
+train.training_arguments.max_steps=??? | it is left open
+max_steps=4 | did you mean 'train.training_arguments.max_steps'
+train.learning_rate=1 | did you mean 'train.training_arguments.learning_rate'
+train.batch_size=3 | known: evaluate_split
+model.lora.r=4 | peft_lora_r
+dataset..name=x | expected 'key.path=value'
+seed.=3 | expected 'key.path=value'
+dataset.specialties[0]=eye | a list and named settings meet in one place
+federation.strategy_arguments=[1] | a list and named settings meet in one place
 --seed=3 | expected 'key.path=value'
 seed:3 | expected 'key.path=value'
 =3 | expected 'key.path=value'
@@ -231,6 +245,12 @@ WRONG_FILES = {
     "a word": ("seed\n", "seed: Incompatible value 'None'"),
     "tabs": ("train:\n\tseq_length: 3\n", "cannot be read"),
     "a key twice": ("seed: 1\nseed: 2\n", "duplicate"),
+    "steps to save at": (
+        "train: {training_arguments: {save_strategy: 'no', save_steps: 5}}\n",
+        "save_steps has no effect",
+    ),
+    "a flag of 3": ("model: {gradient_checkpointing: 3}\n", "allowed are true and false"),
+    "left open": ("seed: ???\n", "left open"),
     "a typo": ("sed: 1\n", "did you mean 'seed'"),
     "a number for a section": ("train: 3\n", "do not fit into seed, dataset, model, train, federation: .*Train"),
 }
@@ -342,6 +362,31 @@ def test_settings_that_fit_nobody_are_said_before_anyone_trains(monkeypatch):
         simulation.run(config.load("cpu", *small), progress=False)
     with pytest.raises(ValueError, match="batch_size=90: a hospital has 10 cards, allowed are 1 to that"):
         simulation.run(config.load("cpu", *small, "federation.privacy.record.epsilon=8"), progress=False)
+
+
+TAKEN = """
+cpu | federation.strategy=Krum federation.num_clients=3
+cpu | federation.privacy.record.epsilon=8 federation.privacy.record.delta=1e-5
+cpu | federation.strategy=FedProx federation.strategy_arguments.proximal_mu=0.1 federation.aggregation=FLoRA
+gpu | train.training_arguments.lr_scheduler_type=constant
+gpu | train.training_arguments.save_strategy=no
+gpu | train.training_arguments.num_train_epochs=1 federation.training_arguments.num_train_epochs=1
+course | train.training_arguments.save_steps=5 model.dtype=float32 model.quantization=null
+course | federation.secure_aggregation.threshold=4 federation.aggregation=FFA-LoRA
+"""
+
+
+@pytest.mark.parametrize("line", TAKEN.strip().splitlines())
+def test_what_is_sensible_is_taken(line):
+    preset, _, overrides = line.partition(" | ")
+    cfg = config.load(preset, *overrides.split())
+    assert config.load(OmegaConf.create(OmegaConf.to_yaml(cfg))) == cfg, "as it goes to the hospitals"
+
+
+def test_a_path_is_taken_as_it_was_typed():
+    assert config.load("cpu", "model.name=~/my #1 model").model.name == "~/my #1 model"
+    given = config.load("gpu", "train.training_arguments.output_dir=runs/a #2").train.training_arguments
+    assert given.output_dir == "runs/a #2"
 
 
 def test_blanks_around_the_sign_are_no_part_of_a_setting():

@@ -12,10 +12,11 @@ from typing import Any
 import pandas as pd
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException, ReadonlyConfigError
+from omegaconf.errors import OmegaConfBaseException
 
 from fedllm_helpers.config import contradictions, prompts, training_arguments
 from fedllm_helpers.config.schema import Config
+from fedllm_helpers.config.sealing import sealed
 
 PRESETS = ("cpu", "course", "gpu")
 FLAGS = {"true", "false", "yes", "no", "on", "off", "y", "n", "t", "f", "1", "0"}
@@ -48,15 +49,13 @@ def load(source: str | Path | DictConfig = "cpu", *overrides: str, **named: Any)
         config = OmegaConf.merge(config, given, changes)
         OmegaConf.set_readonly(config, False)  # merged from a configuration that is
         OmegaConf.resolve(config)
-        _check_flags(OmegaConf.merge(given, changes))
+        _check_given(given, changes)
     except OmegaConfBaseException as error:
         raise ValueError(_one_line(error)) from None
     except TypeError:
         raise ValueError(f"{source}, {' '.join(overrides)}: a list and named settings meet in one place") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{source} cannot be read as YAML settings: {' '.join(str(error).split())}") from None
-    if missing := sorted(OmegaConf.missing_keys(config)):
-        raise ValueError(f"{missing[0]}=???: it is left open; give it a value")
     said = set(_leaves(changes))
     _check(config, Config)
     if config.dataset.prompt != prompts.CHAT:
@@ -68,9 +67,12 @@ def load(source: str | Path | DictConfig = "cpu", *overrides: str, **named: Any)
         except ValueError as error:
             raise ValueError(f"{where}{error}") from None
         training_arguments.check(arguments, section)
+    own_file = isinstance(source, (str, Path)) and str(source) not in PRESETS
+    if own_file and not any(".training_arguments." in key for key in said):
+        said |= set(_leaves(given))
     contradictions.check(config, said)
     OmegaConf.set_readonly(config, True)
-    return _sealed(config)
+    return sealed(config)
 
 
 def checked(cfg: DictConfig) -> DictConfig:
@@ -83,38 +85,6 @@ def checked(cfg: DictConfig) -> DictConfig:
         given = f"a part of a configuration, {cfg.keys()}" if isinstance(cfg, DictConfig) else repr(cfg)
         raise ValueError(f"expected a whole configuration, as config.load('cpu') makes it, not {given[:80]}")
     return cfg
-
-
-class _Sealed(DictConfig):
-    """A read-only part of a configuration: whoever sets a field is told, in one line, how to change it."""
-
-    def _format_and_raise(self, key: Any, value: Any, cause: Exception, *rest: Any, **kw: Any) -> None:
-        if isinstance(cause, ReadonlyConfigError):
-            raise ReadonlyConfigError(_how_to_change(self._get_full_key(key))) from None
-        super()._format_and_raise(key, value, cause, *rest, **kw)
-
-
-class _SealedList(ListConfig):
-    """The same for a list."""
-
-    def _format_and_raise(self, key: Any, value: Any, cause: Exception, *rest: Any, **kw: Any) -> None:
-        if isinstance(cause, ReadonlyConfigError):
-            raise ReadonlyConfigError(_how_to_change(self._get_full_key(None))) from None
-        super()._format_and_raise(key, value, cause, *rest, **kw)
-
-
-def _how_to_change(key: str) -> str:
-    key = key or "key.path"
-    return f"{key}: a configuration stays as it is; config.load(cfg, '{key}=…') gives a changed one"
-
-
-def _sealed(part: Any) -> Any:
-    """The same part, whose class says how it is changed: OmegaConf knows no other place for a message."""
-    if isinstance(part, (DictConfig, ListConfig)) and not part._is_none():
-        for key in part if isinstance(part, DictConfig) else range(len(part)):
-            _sealed(part._get_node(key))
-        object.__setattr__(part, "__class__", _Sealed if isinstance(part, DictConfig) else _SealedList)
-    return part
 
 
 def explain(config: DictConfig) -> pd.DataFrame:
@@ -220,7 +190,9 @@ def _one_line(error: OmegaConfBaseException) -> str:
         where, dot, last = key.rpartition(".")
         homes = [name for name in names if name.split(".")[-1] == last]
         known = {name.removeprefix(where + dot).split(".")[0] for name in names if name.startswith(where + dot)}
-        return f"unknown key {key!r}" + (f"; did you mean {homes[0]!r}?" if homes else _nearest(last, sorted(known), where + dot))
+        return f"unknown key {key!r}" + (
+            f"; did you mean {homes[0]!r}?" if homes else _nearest(last, sorted(known), where + dot)
+        )
     if not key:  # a section that is none
         return f"the settings do not fit into {', '.join(item.name for item in fields(Config))}: {first[:120]}"
     wanted = dict(_settings(Config)).get(key)
@@ -229,10 +201,13 @@ def _one_line(error: OmegaConfBaseException) -> str:
     return f"{key}: {first}" + (f"; expected {kind} ({wanted.metadata['meaning']})" if wanted else "")
 
 
-def _check_flags(given: DictConfig) -> None:
-    """OmegaConf takes any number for a flag: 3, -1 and "2" would all be true."""
-    for key, setting in _settings(Config):
-        value = OmegaConf.select(given, key, throw_on_resolution_failure=False) if setting.type is bool else None
+def _check_given(*parts: DictConfig) -> None:
+    """What OmegaConf takes in silence: any number for a flag (3, -1 and "2" are all true), and ??? for a default."""
+    if open_ := sorted(key for part in parts for key in OmegaConf.missing_keys(part)):
+        raise ValueError(f"{open_[0]}=???: it is left open; give it a value, or leave it out")
+    given, flags = OmegaConf.merge(*parts), [item for item in _settings(Config) if item[1].type is bool]
+    for key, setting in flags:
+        value = OmegaConf.select(given, key, throw_on_resolution_failure=False)
         if value is not None and str(value).lower() not in FLAGS:
             raise ValueError(f"{key}={value}: allowed are true and false ({setting.metadata['meaning']})")
 

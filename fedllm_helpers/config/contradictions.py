@@ -25,7 +25,9 @@ logger = logging.getLogger(__name__)
 # strategies that keep no factors from one round to the next
 FORGETFUL = ("FedAvg", "FedProx", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan", "QFedAvg")
 # training arguments that have an effect only where another one has, or has not, a value
+SCHEDULES = [name for name in training_arguments.CHOICES["lr_scheduler_type"] if name != "constant"]
 BESIDE = {
+    "warmup_steps": ("lr_scheduler_type", "linear", SCHEDULES),
     "logging_steps": ("logging_strategy", "steps", ("steps",)),
     "save_steps": ("save_strategy", "steps", ("steps",)),
     "save_total_limit": ("save_strategy", "steps", ("steps", "epoch")),
@@ -77,7 +79,7 @@ def _check_training(cfg: DictConfig, said: set[str]) -> None:
     own = OmegaConf.to_container(cfg.train.training_arguments)
     for section, given in (("train", own), ("federation", within_a_round(cfg))):
         where, mine = f"{section}.training_arguments", OmegaConf.to_container(cfg[section].training_arguments)
-        said_here = {name for name, value in mine.items() if f"{where}.{name}" in said and value is not None}
+        said_here = {name for name, value in mine.items() if f"{where}.{name}" in said and value not in (None, 0)}
         for name in sorted(said_here & BESIDE.keys()):
             other, default, allowed = BESIDE[name]
             value = given.get(other) or default
@@ -87,12 +89,6 @@ def _check_training(cfg: DictConfig, said: set[str]) -> None:
                 )
         if "run_name" in said_here and not training_arguments.trackers(given.get("report_to")):
             raise ValueError(f"{where}.run_name has no effect without a tracker; set report_to")
-        calm = f"{where}.lr_scheduler_type" in said and "warmup_steps" not in said_here  # over a preset's own warm-up
-        if mine.get("warmup_steps") and given.get("lr_scheduler_type") == "constant" and not calm:
-            raise ValueError(
-                f"{where}.warmup_steps={mine['warmup_steps']} has no effect beside lr_scheduler_type=constant; set "
-                "that to constant_with_warmup"
-            )
         optimizer = given.get("optim") or "adamw_torch_fused"
         for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
             if mine.get(name) is not None and name not in training_arguments.OPTIMIZERS[optimizer]:
