@@ -3,7 +3,8 @@
 import inspect
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +12,33 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from fedllm_helpers import fitting
 from fedllm_helpers.data.prompts import card_ids
 
 logger = logging.getLogger(__name__)
 IGNORED = -100  # label of a token that is read, not learned: the loss of PyTorch and transformers passes it over
+
+
+def check_cards(cards: Any, least: int = 0) -> None:
+    """Refuse what is no table of cards, such as the pair that :func:`fedllm_helpers.data.load` returns.
+
+    Raises:
+        ValueError: one line with what was given.
+    """
+    if isinstance(cards, tuple):
+        raise ValueError(f"cards: given is a tuple of {len(cards)}; unpack it: train, test = data.load(cfg)")
+    if not isinstance(cards, Iterable):
+        raise ValueError(f"cards: expected rows with 'question' and 'answer', given is {cards!r:.60}")
+    first = next(iter(cards), None)
+    if first is None and least:
+        raise ValueError("cards: there are none to train on")
+    names = list(getattr(first, "keys", list)())
+    if first is not None and not {"question", "answer"} <= set(names):
+        given = f"the columns {', '.join(map(str, names))}" if names else f"rows of type {type(first).__name__}"
+        raise ValueError(f"cards: expected rows with 'question' and 'answer', given are {given}")
+    for number, card in enumerate(cards, 1):
+        if odd := [name for name in ("question", "answer") if not isinstance(card.get(name), str)]:
+            raise ValueError(f"card {number}: its {odd[0]} is {card.get(odd[0])!r:.60}, expected a text")
 
 
 def encode(
@@ -32,8 +56,10 @@ def encode(
         Per card ``input_ids`` and ``labels`` of equal length, the token that ends the answer included.
 
     Raises:
-        ValueError: ``seq_length`` leaves no room for any token of an answer; the line says for how many cards.
+        ValueError: a question or an answer is no text; or ``seq_length`` leaves no room for any token of an answer, and
+            the line says for how many cards.
     """
+    check_cards(cards)
     rows, lengths, starts = [], [], []
     for ids, start, end in card_ids(list(cards), tokenizer, prompt):
         labels = [IGNORED] * start + ids[start:end] + [IGNORED] * (len(ids) - end)
@@ -65,8 +91,8 @@ def collate(
         answer_logits_only: False for models whose ``forward`` knows no ``logits_to_keep``.
 
     Returns:
-        ``input_ids``, ``attention_mask``, ``position_ids`` of shape (batch, length); ``labels`` and ``shift_labels`` of
-        shape (batch, kept), aligned with the logits; ``logits_to_keep`` of shape (kept,).
+        ``input_ids``, ``attention_mask`` and, padded on the left, ``position_ids`` of shape (batch, length); ``labels``
+        and ``shift_labels`` of shape (batch, kept), aligned with the logits; ``logits_to_keep`` of shape (kept,).
     """
     length = (
         math.ceil(max(len(row["input_ids"]) for row in rows) / 4) * 4
@@ -77,7 +103,7 @@ def collate(
         n = len(row["input_ids"])
         where = slice(length - n, length) if tokenizer.padding_side == "left" else slice(0, n)
         ids[i, where], labels[i, where], mask[i, where] = torch.tensor(row["input_ids"]), torch.tensor(row["labels"]), 1
-    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    batch = {"input_ids": ids, "attention_mask": mask, **fitting.positions(mask, tokenizer.padding_side)}
     if not answer_logits_only:
         return {**batch, "labels": labels}
     keep = (labels[:, 1:] != IGNORED).any(0).nonzero().squeeze(1)  # the logit at t predicts token t + 1

@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from fedllm_helpers import hub, models
+from fedllm_helpers import hub, limits, models
 
 BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
 SCALE_BYTES, UNIT_BYTES = 2, 4  # int8 and int4: a float16 for each row of an array, one float32 for all of them
@@ -136,9 +136,10 @@ def estimate(
         ("clients", clients),
         ("participants", clients if participants is None else participants),
     ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value}: allowed are whole numbers from 1")
-    check_above_0("bandwidth", bandwidth)
+        limits.whole(name, value)
+    limits.number("bandwidth", bandwidth)
+    if not isinstance(model, str):
+        raise ValueError(f"model={model!r:.60}: expected a name, a hub id or a folder")
     if not isinstance(lora, DictConfig) or "peft_lora_r" not in lora:
         raise ValueError(f"lora={str(lora)[:60]}: expected the adapter's settings, config.load('cpu').model.lora")
     counts, fetching = parameter_counts(model, lora), clients if participants is None else participants
@@ -155,7 +156,7 @@ def transfer_bytes(values: int, number_format: str, rows: int = 0) -> int:
     Raises:
         ValueError: an unknown format.
     """
-    if number_format not in BITS:
+    if not isinstance(number_format, str) or number_format not in BITS:
         raise ValueError(f"number format {number_format!r}: allowed are {', '.join(BITS)}")
     scales = rows * SCALE_BYTES + UNIT_BYTES if rows and BITS[number_format] < 16 else 0
     return math.ceil(values * BITS[number_format] / 8) + scales
@@ -201,9 +202,3 @@ def weight_bytes(model: torch.nn.Module) -> int:
     quantised = [p.quant_state for p in model.parameters() if getattr(p, "quant_state", None) is not None]
     scales = sum(state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0) for state in quantised)
     return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]) + scales
-
-
-def check_above_0(name: str, value: float) -> None:
-    """Raise ValueError with one line unless a number is above 0 and finite."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name}={value}: allowed are numbers above 0")

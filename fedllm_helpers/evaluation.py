@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -14,8 +14,8 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from fedllm_helpers import fitting, models
-from fedllm_helpers.batches import IGNORED, collate, encode, takes_logits_to_keep
+from fedllm_helpers import fitting, limits, models
+from fedllm_helpers.batches import IGNORED, check_cards, collate, encode, takes_logits_to_keep
 from fedllm_helpers.config import checked
 from fedllm_helpers.data.prompts import prompt_ids
 
@@ -78,7 +78,7 @@ def score_answers(
     Raises:
         ValueError: no card can be scored.
     """
-    fitting.check_cards(cards)
+    check_cards(cards)
     options = {"batch_size": batch_size, "description": description}
     try:
         losses = token_losses(model, tokenizer, cards, cfg, **options)
@@ -120,7 +120,7 @@ def token_losses(
     description: str | None = None,
 ) -> list[np.ndarray]:
     """Nats of each answer token of each card, in the order of ``cards``; arguments of :func:`score_answers`."""
-    fitting.check_cards(cards)
+    limits.whole("batch_size", batch_size)
     model.eval()
     rows = encode(cards, tokenizer, checked(cfg).train.seq_length, cfg.dataset.prompt)
     order = np.argsort([len(row["input_ids"]) for row in rows], kind="stable")
@@ -189,28 +189,31 @@ def generate(
     Raises:
         ValueError: no list of questions, no room for an answer, or a prompt beyond the model's positions.
     """
-    if isinstance(questions, str) or not all(isinstance(question, (str, dict)) for question in questions):
-        raise ValueError(f"questions={questions!r:.60}: expected a list of texts, or of cards")
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: allowed are whole numbers from 1")
-    if not questions:
-        return []
+    listed = isinstance(questions, Iterable) and not isinstance(questions, (str, dict))
+    texts = [q.get("question") if isinstance(q, dict) else q for q in questions] if listed else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"questions={questions!r:.60}: expected a list of texts, or of cards with a 'question'")
+    limits.whole("max_new_tokens", max_new_tokens)
     ids = [prompt_ids(question, tokenizer, checked(cfg).dataset.prompt) for question in questions]
-    given = tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="left")
-    tokens = {key: given[key].to(model.device) for key in ("input_ids", "attention_mask")}
-    length, positions = tokens["input_ids"].shape[1], fitting.max_positions(model.config)
+    length, positions = max(map(len, ids), default=0), fitting.max_positions(model.config)
     if positions is not None and length + max_new_tokens > positions:
         raise ValueError(
             f"the longest prompt has {length} tokens, the answer may have {max_new_tokens}: "
             f"the model has {positions} positions for both"
         )
-    ends = fitting.end_tokens(model, tokenizer)
-    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None, "max_length": None}
-    out = model.generate(
-        **tokens, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, **greedy
-    )
-    answers = [list(takewhile(lambda token: token not in ends, row)) for row in out[:, length:].tolist()]
-    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    sizes = {len(each) for each in ids} if tokenizer.padding_side == "right" else {length}  # no padding on the left
+    answers, ends = [""] * len(ids), fitting.end_tokens(model, tokenizer)
+    for size in sorted(sizes) if ids else ():
+        part = [i for i, each in enumerate(ids) if len(each) == size or len(sizes) == 1]
+        given = tokenizer.pad({"input_ids": [ids[i] for i in part]}, return_tensors="pt", padding_side="left")
+        tokens = {key: given[key].to(model.device) for key in ("input_ids", "attention_mask")}
+        out = model.generate(
+            **tokens, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+        )
+        new = [list(takewhile(lambda token: token not in ends, row)) for row in out[:, size:].tolist()]
+        for i, text in zip(part, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+            answers[i] = text.strip()
+    return answers
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fedllm_helpers import hub
@@ -16,6 +16,9 @@ from fedllm_helpers import hub
 logger = logging.getLogger(__name__)
 OTHER_TASKS = re.compile("Classification|QuestionAnswering|MultipleChoice|MaskedLM|Reward")
 FORM = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
+FORMULA = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "use_qalora",
+           "use_bdlora", "layer_replication", "alora_invocation_tokens")  # fmt: skip
+OTHER_BASES = ("pissa", "olora", "loftq", "corda", "lora_ga")
 SAMPLE = "Question: What is it?\nAnswer: It is"
 
 
@@ -117,7 +120,10 @@ def end_tokens(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def _ids(given: int | list[int] | None) -> list[int]:
-    return [] if given is None else [given] if isinstance(given, int) else list(given)
+    found = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    if not all(isinstance(each, int) and not isinstance(each, bool) for each in found):
+        raise ValueError(f"the model's eos_token_id={given!r:.60}: expected a token's number, or a list of them")
+    return found
 
 
 def check_causal(name: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -148,7 +154,11 @@ def check_causal(name: str, base: PreTrainedModel, tokenizer: PreTrainedTokenize
     finally:
         hook.remove()
     if not torch.isfinite(logits).all():
-        raise ValueError(f"model {name!r}: what it computes is not finite in {base.dtype}; set model.dtype=float32")
+        whole = all(torch.isfinite(each).all() for each in base.parameters() if each.is_floating_point())
+        advice = "set model.dtype=float32" if whole else "some of its weights are none; fetch the model again"
+        raise ValueError(f"model {name!r}: what it computes is not finite in {base.dtype}; {advice}")
+    if not logits.std(-1).any():
+        raise ValueError(f"model {name!r} says of all tokens the same: its weights are zeros; fetch the model again")
     if read.nan_to_num().any():
         raise ValueError(
             f"model {name!r} ({base.config.model_type}) reads ahead, as encoders do, and would see the answers it is "
@@ -156,13 +166,69 @@ def check_causal(name: str, base: PreTrainedModel, tokenizer: PreTrainedTokenize
         )
 
 
+@torch.no_grad()
+def check_padding(name: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, side: str) -> None:
+    """Refuse a model that says something else of a text once a batch fills it up.
+
+    Some count positions from the padding on (BART's decoder), some read it (RWKV).
+
+    Raises:
+        ValueError: it does so on this side; the line says whether the other would do.
+    """
+    if _bent(base, tokenizer, side):
+        right = side == "left" and not _bent(base, tokenizer, "right")
+        advice = "set train.padding_side=right" if right else "set another model.name"
+        kind = base.config.model_type
+        raise ValueError(f"train.padding_side={side}: it changes what model {name!r} ({kind}) says of a text; {advice}")
+
+
+def _bent(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, side: str, gap: int = 4) -> bool:
+    """Whether logits of a text in a padded batch differ from its own by more than rounding does."""
+    long = (tokenizer(SAMPLE)["input_ids"] * 12)[: 8 + gap]
+    text, where = torch.tensor(long[:8]), slice(gap, None) if side == "left" else slice(8)
+    rows, mask = torch.tensor([long, [tokenizer.pad_token_id] * len(long)]), torch.zeros(2, len(long), dtype=torch.long)
+    rows[1, where], mask[0], mask[1, where] = text, 1, 1
+    batch = {"input_ids": rows, "attention_mask": mask, **positions(mask, side)}
+    batch = {key: value.to(base.device) for key, value in batch.items()}
+    text = text[None].to(base.device)
+    alone = base(input_ids=text, attention_mask=torch.ones_like(text), use_cache=False).logits[0].float()
+    off = (base(**batch, use_cache=False).logits[1, where].float() - alone).abs().mean() / alone.std()
+    exact = base.dtype == torch.float32 and not getattr(base, "is_quantized", False)
+    return bool(off > (1e-3 if exact else 0.1))
+
+
+def positions(mask: torch.Tensor, side: str) -> dict[str, torch.Tensor]:
+    """Positions for a batch that is padded on the left; on the right every model counts its own."""
+    return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if side == "left" else {}
+
+
+def greedy(base: PreTrainedModel) -> GenerationConfig:
+    """Settings of a model for the likeliest answer alone: of its own, which may punish or forbid words, only the ends.
+
+    Raises:
+        ValueError: its end tokens are no numbers.
+    """
+    return GenerationConfig(eos_token_id=_ids(base.generation_config.eos_token_id) or None)
+
+
 def form(shape: PreTrainedConfig) -> dict[str, Any]:
     """What of a configuration an adapter depends on; it is kept with the adapter, whose base model may move."""
     return {"model_type": shape.model_type, **{name: getattr(shape.get_text_config(), name, None) for name in FORM[1:]}}
 
 
-def check_base(folder: str | Path, saved: PeftConfig, own: PeftConfig) -> None:
-    """Refuse an adapter of another base model: hub ids are compared by name; folders, which move, by their form."""
+def check_adapter(folder: str | Path, saved: PeftConfig, own: PeftConfig) -> None:
+    """Refuse an adapter that another formula reads, or of another base model.
+
+    Hub ids are compared by name; folders, which move, by their form.
+
+    Raises:
+        ValueError: one line with the setting that differs.
+    """
+    for key in FORMULA:
+        if (given := getattr(saved, key, None)) != (here := getattr(own, key, None)):
+            raise ValueError(f"{folder} does not fit: its {key} is {given}, here {here}")
+    if (start := getattr(saved, "init_lora_weights", True)) in OTHER_BASES:
+        raise ValueError(f"{folder} does not fit: init_lora_weights={start!r} changes the base model's own weights")
     there, here = saved.base_model_name_or_path, own.base_model_name_or_path
     if there == here:
         return
@@ -175,20 +241,3 @@ def check_base(folder: str | Path, saved: PeftConfig, own: PeftConfig) -> None:
         what = f", and its {differs[0]} is {kept[differs[0]]}" if differs else ""
         raise ValueError(f"{folder} does not fit: its base model is {there}{what}; here it is {here}")
     logger.warning("%s: its base model was %s, here is %s, of the same form", folder, there, here)
-
-
-def check_cards(cards: Any, least: int = 0) -> None:
-    """Refuse what is no table of cards, such as the pair that :func:`fedllm_helpers.data.load` returns.
-
-    Raises:
-        ValueError: one line with what was given.
-    """
-    if isinstance(cards, tuple):
-        raise ValueError(f"cards: given is a tuple of {len(cards)}; unpack it: train, test = data.load(cfg)")
-    first = next(iter(cards), None)
-    if first is None and least:
-        raise ValueError("cards: there are none to train on")
-    names = list(getattr(first, "keys", list)())
-    if first is not None and not {"question", "answer"} <= set(names):
-        given = f"the columns {', '.join(map(str, names))}" if names else f"rows of type {type(first).__name__}"
-        raise ValueError(f"cards: expected rows with 'question' and 'answer', given are {given}")

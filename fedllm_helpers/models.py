@@ -73,6 +73,8 @@ def _base(cfg: DictConfig, where: str) -> tuple[PreTrainedModel, PreTrainedToken
     fitting.check_tokenizer(name, base, tokenizer)
     if name != embedded.NAME:  # its files are known by their checksums
         fitting.check_causal(name, base, tokenizer)
+        fitting.check_padding(name, base, tokenizer, cfg.train.padding_side)
+    base.generation_config = fitting.greedy(base)
     return base, tokenizer
 
 
@@ -197,10 +199,7 @@ def load_adapter(model: PeftModel, folder: str | Path) -> None:
         saved = PeftConfig.from_pretrained(folder)
     except Exception as error:  # absent, no JSON, no settings of PEFT
         raise ValueError(f"{folder}: its adapter_config.json cannot be read: {' '.join(str(error).split())}") from None
-    for name in ("peft_type", "r", "lora_alpha", "use_rslora"):
-        if (given := getattr(saved, name, None)) != getattr(own, name):
-            raise ValueError(f"{folder} does not fit: its {name} is {given}, here {getattr(own, name)}")
-    fitting.check_base(folder, saved, own)
+    fitting.check_adapter(folder, saved, own)
     try:
         adapter = load_file(path)
     except SafetensorError as error:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from fedllm_helpers import limits
 from fedllm_helpers.data import columns, files
 from fedllm_helpers.evaluation import score_answers
 
@@ -30,8 +31,7 @@ def from_cards(cards: Dataset, pool: Dataset, n_options: int = 4, seed: int = 0)
     Raises:
         ValueError: a specialty has too few different answers, or fewer than two options are asked for.
     """
-    if not isinstance(n_options, int) or n_options < 2:
-        raise ValueError(f"n_options={n_options}: allowed are whole numbers from 2")
+    limits.whole("n_options", n_options, 2)
     rng, by_specialty = np.random.default_rng(seed), {}
     for card in pool:
         by_specialty.setdefault(card["specialty"], set()).add(card["answer"])

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from fedllm_helpers.communication import check_above_0
+from fedllm_helpers import limits
 
 
 def network(
@@ -37,15 +37,13 @@ def network(
         ValueError: a size, number or bandwidth that is not above 0, or a fan-out below 2.
     """
     for name, value in (("client_bandwidth", client_bandwidth), ("server_bandwidth", server_bandwidth), ("size", size)):
-        check_above_0(name, value)
-    if not 0 <= train_seconds < math.inf:
-        raise ValueError(f"train_seconds={train_seconds}: allowed are numbers from 0")
-    if fan_out is not None and fan_out < 2:
-        raise ValueError(f"fan_out={fan_out}: allowed are whole numbers from 2")
+        limits.number(name, value)
+    limits.number("train_seconds", train_seconds, above=False)
+    if fan_out is not None:
+        limits.whole("fan_out", fan_out, 2)
     rows = []
     for count in clients:
-        if count < 1:
-            raise ValueError(f"clients={count}: allowed are whole numbers from 1")
+        limits.whole("clients", count)
         levels = _levels(count, fan_out or count)
         lines = [client_bandwidth, *[server_bandwidth] * (len(levels) - 1)]
         paces = [max(1 / line, children / server_bandwidth) for line, (children, _) in zip(lines, levels, strict=True)]

@@ -22,7 +22,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from omegaconf import DictConfig, OmegaConf
 
-from fedllm_helpers import client_app, edits, masked_clients, rules, run_folders, server_app
+from fedllm_helpers import client_app, edits, limits, masked_clients, rules, run_folders, server_app
 from fedllm_helpers.config import checked
 from fedllm_helpers.messages import from_record, quiet_flower
 from fedllm_helpers.models import Adapter, device_and_dtype
@@ -86,8 +86,7 @@ def run(
         raise ValueError(f"unknown backend {backend!r}: known are {', '.join(BACKENDS)}")
     if backend == "ray" and client is not client_app.app:
         raise ValueError("client: only in process; on Ray the package's own runs")
-    if not isinstance(actors, int) or isinstance(actors, bool) or actors < 1:
-        raise ValueError(f"actors={actors}: allowed are whole numbers from 1")
+    limits.whole("actors", actors)
     client_app.check_cards(checked(cfg))  # more hospitals than cards, or no such specialty: said before anything starts
     given = {
         "config": OmegaConf.to_yaml(cfg),

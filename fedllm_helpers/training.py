@@ -29,8 +29,8 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fedllm_helpers import fitting, folders, memory, models
-from fedllm_helpers.batches import LengthBatches, collate, encode, takes_logits_to_keep
+from fedllm_helpers import folders, limits, memory, models
+from fedllm_helpers.batches import LengthBatches, check_cards, collate, encode, takes_logits_to_keep
 from fedllm_helpers.config import checked, contradictions
 
 logger = logging.getLogger(__name__)
@@ -79,22 +79,22 @@ def fine_tune(
     Args:
         model, tokenizer: from :func:`fedllm_helpers.models.load`.
         cards: flashcards of one owner.
-        cfg: its ``train.training_arguments`` go to ``TrainingArguments``; which are taken, says
-            :mod:`fedllm_helpers.config.training_arguments`.
+        cfg: its ``train.training_arguments`` (:mod:`fedllm_helpers.config.training_arguments`) go to the Trainer.
         learning_rate: in place of the configured one; a federation sets it round by round.
         proximal_mu: μ of FedProx, which adds ½ μ‖w − w₀‖² to the loss, w₀ the adapter as it comes (Li et al. 2020,
             arXiv:1812.06127); the loss reported is without it.
         trainer: makes another Trainer, such as one with DP-SGD (:func:`fedllm_helpers.dp_sgd.trainer`).
-        description: of the progress bar.
-        progress: whether to show the bar, with loss and time left.
+        description, progress: of the bar with loss and time left, and whether to show it.
 
     Returns:
         A record of the loss, the examples and tokens seen, the share of padding, and the seconds.
 
     Raises:
-        ValueError: no cards, or cards that do not fit ``train.seq_length``.
+        ValueError: no cards, or cards that do not fit ``train.seq_length``; a rate or μ out of bounds.
         FloatingPointError: the loss is no longer finite. Whatever ends a training, the adapter is as it was before.
     """
+    limits.number("proximal_mu", proximal_mu, above=False)
+    limits.number("learning_rate", 1.0 if learning_rate is None else learning_rate)
     rows = _encoded(cards, tokenizer, cfg)
     collator = partial(collate, tokenizer=tokenizer, answer_logits_only=takes_logits_to_keep(model))
     before, bar = models.get_adapter(model), [_ProgressBar(description)] if progress else []
@@ -118,7 +118,7 @@ def fine_tune(
 
 
 def _encoded(cards: Dataset, tokenizer: PreTrainedTokenizerBase, cfg: DictConfig) -> list[dict]:
-    fitting.check_cards(cards, least=1)
+    check_cards(cards, least=1)
     rows = encode(cards, tokenizer, checked(cfg).train.seq_length, cfg.dataset.prompt)
     batch = cfg.train.training_arguments.get("per_device_train_batch_size", 8)
     if batch > len(rows):

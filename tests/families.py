@@ -19,6 +19,7 @@ OPT = ENDS | {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_att
               "max_position_embeddings": 64, "word_embed_proj_dim": 32}  # fmt: skip
 BART = ENDS | {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
                "encoder_attention_heads": 4, "decoder_attention_heads": 4}  # fmt: skip
+DECODER = BART | {"is_decoder": True, "is_encoder_decoder": False, "pad_token_id": 3, "max_position_embeddings": 64}
 T5 = {"vocab_size": 400, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
 GEMMA3 = {"text_config": TEXT | {"num_key_value_heads": 2, "head_dim": 8}, "vision_config": IMAGE,
           "mm_tokens_per_image": 4, "image_token_index": 390, "boi_token_index": 391,
@@ -34,6 +35,9 @@ FAMILIES = {  # class of the model, class of its configuration, settings
     "mamba": ("MambaForCausalLM", "MambaConfig", ENDS | {"hidden_size": 32, "num_hidden_layers": 2}),
     "gemma3": ("Gemma3ForConditionalGeneration", "Gemma3Config", GEMMA3),
     "decoder": ("BertLMHeadModel", "BertConfig", TEXT | {"is_decoder": True}),
+    "bart decoder": ("BartForCausalLM", "BartConfig", DECODER),
+    "roberta decoder": ("RobertaForCausalLM", "RobertaConfig", TEXT | {"is_decoder": True, "pad_token_id": 3}),
+    "rwkv": ("RwkvForCausalLM", "RwkvConfig", ENDS | {"hidden_size": 32, "num_hidden_layers": 2}),
     "bert": ("BertForMaskedLM", "BertConfig", TEXT),
     "bert as decoder": ("BertLMHeadModel", "BertConfig", TEXT),
     "roberta as decoder": ("RobertaForCausalLM", "RobertaConfig", TEXT),

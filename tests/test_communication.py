@@ -112,11 +112,17 @@ def test_the_formula_counts_what_the_encoding_holds(number_format, cfg, loaded):
         ({"rounds": 0}, "rounds=0: allowed are whole numbers from 1"),
         ({"clients": 2.5}, "clients=2.5: allowed are whole"),
         ({"number_format": "int3"}, "number format 'int3': allowed are fp32, fp16, int8, int4"),
+        ({"model": None}, "model=None: expected a name, a hub id or a folder"),
+        ({"model": 3}, "model=3: expected a name"),
+        ({"lora": {"peft_lora_r": 4}}, "expected the adapter's settings, config.load('cpu').model.lora"),
+        ({"number_format": ["fp32"]}, "number format ['fp32']: allowed are fp32"),
     ],
 )
 def test_impossible_questions_are_refused_in_one_line(change, said, cfg):
     with pytest.raises(ValueError, match=re.escape(said)) as caught:
-        communication.estimate(cfg.model.name, cfg.model.lora, **({"rounds": 1, "clients": 1} | change))
+        communication.estimate(
+            **({"model": cfg.model.name, "lora": cfg.model.lora, "rounds": 1, "clients": 1} | change)
+        )
     assert "\n" not in str(caught.value)
 
 

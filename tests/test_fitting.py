@@ -89,6 +89,33 @@ def test_what_does_not_read_left_to_right_is_refused(folder_of, family, says):
 
 
 @pytest.mark.parametrize(
+    ("family", "side", "says"),
+    [
+        ("bart decoder", "left", r"it changes what model .* \(bart\) says of a text; set train.padding_side=right"),
+        ("rwkv", "left", r"\(rwkv\) says of a text; set train.padding_side=right"),
+        ("roberta decoder", "left", "set train.padding_side=right"),
+        ("bart decoder", "right", None),
+        ("rwkv", "right", None),
+        ("roberta decoder", "right", None),
+        ("llama", "right", None),
+    ],
+)
+def test_padding_changes_no_score_and_no_answer_or_is_refused(folder_of, family, side, says):
+    targets = "[key,value]" if family == "rwkv" else "null"
+    cfg = settings(folder_of(family), f"train.padding_side={side}", f"model.lora.target_modules={targets}")
+    if says:
+        one_line(ValueError, says, models.load, cfg)
+        return
+    model, tokenizer = models.load(cfg)
+    questions = ["It?", "What is it, and why is it a thing?", "Is it?"]
+    one_by_one = [evaluation.generate(model, tokenizer, [each], CFG, max_new_tokens=8)[0] for each in questions]
+    assert evaluation.generate(model, tokenizer, questions, CFG, max_new_tokens=8) == one_by_one and any(one_by_one)
+    training.fine_tune(model, tokenizer, CARDS, cfg, learning_rate=0.1, progress=False)
+    together, alone = (evaluation.score_answers(model, tokenizer, CARDS, CFG, batch_size=n).nll for n in (6, 1))
+    assert together == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize(
     ("family", "override", "says"),
     [
         ("llama", "train.seq_length=65", "train.seq_length=65: model .* has 64 positions"),
@@ -154,6 +181,12 @@ def not_finite(folder):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def all_zero(folder):
+    """Weights of whole numbers, such as a wrong conversion writes: what was below 1 is gone."""
+    weights = {name: value.to(torch.int8) for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 DAMAGES = {
     "no output layer": (without("lm_head.weight"), ValueError, "1 of its arrays are in no file, .*'lm_head.weight'"),
     "no layer": (without("model.layers.1.mlp.up_proj.weight"), ValueError, "would be random"),
@@ -164,7 +197,9 @@ DAMAGES = {
     "shard gone": (shard_gone, FileNotFoundError, "is not whole: .*00002-of-00002"),
     "cut short": (cut_short, FileNotFoundError, "is not whole"),
     "a pickle": (pickled(b"cos\nsystem\n(S'echo'\ntR."), FileNotFoundError, "its weights are no plain arrays"),
-    "not finite": (not_finite, ValueError, "not finite in torch.float32"),
+    "not finite": (not_finite, ValueError, "not finite in torch.float32; some of its weights are none; fetch"),
+    "zeros": (all_zero, ValueError, "says of all tokens the same: its weights are zeros"),
+    "end as text": (lambda f: change(f, "generation_config.json", eos_token_id="</s>"), ValueError, "a token's number"),
     "own code": (
         lambda f: change(f, "config.json", model_type="ours", auto_map={"AutoConfig": "ours.Config"}),
         ValueError,
@@ -266,8 +301,36 @@ def test_an_answer_ends_at_either_end_and_prints_nothing_after(copied, caplog, c
 
 
 @pytest.mark.parametrize(
+    "given",
+    [
+        {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1},
+        {"bad_words_ids": [[70], [71], [72], [73]], "suppress_tokens": list(range(40, 200))},
+        {"forced_bos_token_id": 50, "forced_eos_token_id": 50},
+        {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 9.0},
+        {"guidance_scale": 3.0, "return_dict_in_generate": True, "output_scores": True},
+        {"stop_strings": ["e", "a"], "max_time": 0.0, "min_new_tokens": 5},
+        {"sequence_bias": [[[70], 50.0]], "exponential_decay_length_penalty": [1, 5.0]},
+        {"prompt_lookup_num_tokens": 2, "use_cache": False},
+    ],
+)
+def test_a_models_generation_settings_do_not_bend_greedy_answers(copied, given):
+    folder, questions = copied("llama"), ["What is it?", "And what is a thing, and why?"]
+    plain = evaluation.generate(*models.load(settings(folder)), questions, CFG, max_new_tokens=12)
+    change(folder, "generation_config.json", **given)
+    assert evaluation.generate(*models.load(settings(folder)), questions, CFG, max_new_tokens=12) == plain
+    assert all(plain)
+
+
+@pytest.mark.parametrize(
     ("call", "says"),
     [
+        ({"questions": None}, "questions=None: expected a list of texts"),
+        ({"questions": 3}, "expected a list of texts"),
+        ({"questions": {"question": "it"}}, "expected a list of texts"),
+        ({"questions": [{"foo": "it"}]}, "or of cards with a 'question'"),
+        ({"questions": [{"question": None}]}, "or of cards with a 'question'"),
+        ({"questions": ["it"], "max_new_tokens": True}, "max_new_tokens=True: allowed are whole numbers from 1"),
+        ({"questions": ["it"], "max_new_tokens": 2.5}, "max_new_tokens=2.5"),
         ({"questions": "What is it?"}, "expected a list of texts"),
         ({"questions": [None]}, "expected a list of texts"),
         ({"questions": ["it"], "max_new_tokens": 0}, "max_new_tokens=0: allowed are whole numbers from 1"),
@@ -290,6 +353,11 @@ def test_questions_that_cannot_be_answered_are_one_line(folder_of, call, says):
         (Dataset.from_list([{"prompt": "a", "answer": "b"}]), "given are the columns prompt, answer"),
         ([("a", "b")], "given are rows of type tuple"),
         (["a", "b"], "given are rows of type str"),
+        (None, "cards: expected rows with 'question' and 'answer', given is None"),
+        (3, "given is 3"),
+        ([*CARDS, {"question": None, "answer": "b"}], "card 7: its question is None, expected a text"),
+        ([*CARDS, {"question": "a", "answer": 5}], "card 7: its answer is 5, expected a text"),
+        ([*CARDS, {"question": "a"}], "card 7: its answer is None"),
         ("cards.csv", "given are rows of type str"),
         (Dataset.from_list(CARDS).to_pandas(), "given are rows of type str"),
     ],
@@ -303,6 +371,52 @@ def test_cards_that_are_none_are_one_line(folder_of, cards, says):
     one_line(ValueError, "none to train on", training.fine_tune, model, tokenizer, [], cfg)
     assert all(np.array_equal(before[key], value) for key, value in models.get_adapter(model).items())
     assert len(evaluation.score_answers(model, tokenizer, [], CFG).nll) == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ({"proximal_mu": -1}, "proximal_mu=-1: allowed are numbers from 0"),
+        ({"proximal_mu": float("nan")}, "proximal_mu=nan"),
+        ({"proximal_mu": "1"}, "proximal_mu='1'"),
+        ({"learning_rate": True}, "learning_rate=True: allowed are numbers above 0"),
+        ({"learning_rate": "1e-3"}, "learning_rate='1e-3'"),
+        ({"learning_rate": -0.1}, "learning_rate=-0.1"),
+        ({"learning_rate": float("inf")}, "learning_rate=inf"),
+        ({"batch_size": -1}, "batch_size=-1: allowed are whole numbers from 1"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 1.5}, "batch_size=1.5"),
+        ({"batch_size": "8"}, "batch_size='8'"),
+        ({"batch_size": None}, "batch_size=None"),
+    ],
+)
+def test_numbers_out_of_bounds_in_direct_calls_are_one_line(folder_of, call, says):
+    cfg = settings(folder_of("llama"))
+    does = evaluation.score_answers if "batch_size" in call else training.fine_tune
+    one_line(ValueError, says, does, *models.load(cfg), CARDS, cfg, **call)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"alpha_pattern": {"q_proj": 1}}, "its alpha_pattern is {'q_proj': 1}, here {}"),
+        ({"rank_pattern": {"q_proj": 1}}, "its rank_pattern is"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base model's own weights"),
+        ({"init_lora_weights": "olora"}, "changes the base model's own weights"),
+        ({"use_dora": True}, "its use_dora is True, here False"),
+        ({"lora_alpha": 1}, "its lora_alpha is 1, here 64"),
+        ({"alora_invocation_tokens": [1, 2]}, "its alora_invocation_tokens is"),
+        ({"init_lora_weights": "gaussian"}, None),
+    ],
+)
+def test_an_adapter_of_another_formula_is_refused(folder_of, tmp_path, values, says):
+    model, _ = models.load(settings(folder_of("llama")))
+    saved = models.save_adapter(model, tmp_path / "adapter")
+    change(saved, "adapter_config.json", **values)
+    if says:
+        one_line(ValueError, says, models.load_adapter, model, saved)
+    else:
+        models.load_adapter(model, saved)
 
 
 def test_an_adapter_finds_its_base_model_where_it_moved(copied, tmp_path, caplog):
