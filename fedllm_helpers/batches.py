@@ -71,7 +71,8 @@ def encode(
     cut, empty = (sum(n > seq_length for n in lengths), sum(n >= seq_length for n in starts))
     said = f"train.seq_length={seq_length} cuts {cut} of {len(rows)} cards (the longest has {max(lengths)} tokens)"
     if empty:
-        raise ValueError(f"{said} and leaves {empty} of them no token of their answer")
+        first = next(number for number, n in enumerate(starts, 1) if n >= seq_length)
+        raise ValueError(f"{said} and leaves {empty} of them no token of their answer: the first is card {first}")
     if cut:
         logger.warning(said)
     return rows

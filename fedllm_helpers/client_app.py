@@ -171,7 +171,7 @@ def check_cards(cfg: DictConfig) -> None:
         if accounting.record_privacy(cfg, len(cards)) is None:
             batch = len(_first_batch(cards_of_round(cards, cfg, 1, hospital), training.round_config(cfg)))
             if batch > len(cards):
-                logger.warning("hospital %d has %d cards: a batch of %d repeats some", hospital, len(cards), batch)
+                logger.warning("hospital %d: a batch of %d repeats some of its cards (%d)", hospital, batch, len(cards))
 
 
 def cards_of_round(cards: Dataset, cfg: DictConfig, number: int, hospital: int = 0) -> Dataset:
