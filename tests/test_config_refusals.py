@@ -296,7 +296,7 @@ CALLS = {
     ),
     "lora as text": (lambda: communication.estimate("smollm2-135m", "cpu", rounds=1, clients=1), "lora=cpu"),
     "half a round": (lambda: communication.estimate("smollm2-135m", _lora(), rounds=1.5, clients=1), "rounds=1.5"),
-    "rounds as text": (lambda: communication.estimate("smollm2-135m", _lora(), rounds="2", clients=1), "rounds=2"),
+    "rounds as text": (lambda: communication.estimate("smollm2-135m", _lora(), rounds="2", clients=1), "rounds='2'"),
     "a line as text": (
         lambda: communication.estimate("smollm2-135m", _lora(), rounds=1, clients=1, bandwidth="fast"), "bandwidth=",
     ),
