@@ -6,7 +6,8 @@ import matplotlib
 import numpy as np
 import pandas as pd
 
-from fedllm_helpers import evaluation, plotting, results
+from fedllm_helpers import evaluation, plotting
+from fedllm_helpers.study import results
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parents[1]

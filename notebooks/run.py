@@ -22,7 +22,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbconvert import HTMLExporter
 from PIL import Image
 
-from fedllm_helpers import embedded
+from fedllm_helpers.models import embedded
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "build"

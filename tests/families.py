@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fedllm_helpers import config
+from fedllm_helpers.models import embedded
 
 TEXT = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
@@ -83,3 +84,13 @@ def settings(folder, *overrides):
 
 
 CARDS = [{"question": f"What is {i}?", "answer": "It is a thing. " + "so " * i} for i in range(6)]
+
+
+def write_model(folder, seed):
+    """A language model of one thin layer, with random weights and the real tokenizer."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=49152, num_key_value_heads=2, **sizes)
+    ).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(embedded.fetch()).save_pretrained(folder)

@@ -102,7 +102,8 @@ def test_the_set_up_cell_leaves_the_runtime_as_it_is_and_notebook_01_runs(runtim
     stored = [cell for cell in notebook.cells if cell.cell_type == "code"]
     grids = "print(len(results.read(results.stored('analysis.csv'))[0]) > 0)"  # what notebooks 3, 4, 5 and 7 need
     ends = "print(tokenizer.eos_token, tokenizer.pad_token)"  # older transformers convert the model on their own
-    where = nbformat.v4.new_code_cell(f"from fedllm_helpers import results\nprint(results.__file__)\n{ends}\n{grids}")
+    where = "from fedllm_helpers.study import results\nprint(results.__file__)"
+    where = nbformat.v4.new_code_cell(f"{where}\n{ends}\n{grids}")
     notebook.cells.append(where)
     done = run(notebook, runtime, tmp_path, released | {"FEDLLM_CACHE": str(tmp_path / "cache")})
     after = installed(runtime)

@@ -13,7 +13,10 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 
-from fedllm_helpers import config, deployed_runs, editing, folders, models, run_folders, simulation, training
+from fedllm_helpers import config, folders, models, training
+from fedllm_helpers.deployment import runs as deployed_runs
+from fedllm_helpers.federation import run_folders, simulation
+from fedllm_helpers.models import editing
 
 WEIGHTS = folders.ADAPTER[-1]
 

@@ -10,7 +10,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedllm_helpers import batches, communication, config, data, embedded, evaluation, models, simulation, training
+from fedllm_helpers import communication, config, data, evaluation, models, training
+from fedllm_helpers.federation import simulation
+from fedllm_helpers.models import embedded
+from fedllm_helpers.training import batches
 
 CFG = config.load("cpu")
 

@@ -8,10 +8,12 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 
-from fedllm_helpers import __version__, deployed_runs
+from fedllm_helpers import __version__
 from fedllm_helpers import data as data_module
+from fedllm_helpers.deployment import runs as deployed_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -162,3 +164,16 @@ def test_readme_lists_every_notebook():
 
 def test_prompts_hold_a_question_each():
     assert all(template.count("{question}") == 1 for template in data_module.PROMPTS.values())
+
+
+def test_rooms_know_each_other_in_one_direction():
+    """The contracts stand in pyproject.toml; import-linter reads the code, imports within functions included."""
+    checked = subprocess.run([Path(sys.executable).with_name("lint-imports")], cwd=ROOT, capture_output=True, text=True)
+    assert checked.returncode == 0 and " 0 broken" in checked.stdout, checked.stdout
+
+
+@pytest.mark.parametrize("room", ["adapters", "aggregation", "communication", "privacy"])
+def test_what_travels_loads_no_torch(room):
+    heavy = {"torch", "transformers", "peft", "datasets"}
+    code = f"import sys, fedllm_helpers.{room}\nprint(*{heavy} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"

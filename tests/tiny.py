@@ -3,7 +3,10 @@
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
-from fedllm_helpers import config, masked_clients, server_app, simulation
+from fedllm_helpers import config
+from fedllm_helpers.adapters import packing
+from fedllm_helpers.federation import server_app, simulation
+from fedllm_helpers.privacy import masked_clients
 
 START = {"b.A": np.zeros((2, 5), np.float32), "a.B": np.ones((3, 2), np.float32)}  # not in the alphabet's order
 
@@ -65,3 +68,21 @@ def federate(cfg, app=None, grid=simulation.InProcessGrid, **options):
     """(adapter, tables) of a tiny federation."""
     with grid(app or client(), cfg.federation.num_clients, {}) as nodes:
         return server_app.federate(nodes, cfg, {key: value.copy() for key, value in START.items()}, **options)
+
+
+class Shuffled(simulation.InProcessGrid):
+    """Like Flower's own grids: node numbers at random, messages gone through twice, replies as a list in any order."""
+
+    lazy = False
+
+    def __init__(self, app, num_clients, run_config):
+        super().__init__(lambda message, context: packing.client_mod(message, context, app), num_clients, run_config)
+
+    def get_node_ids(self):
+        return np.random.default_rng(5).permutation(list(super().get_node_ids())).tolist()
+
+    def send_and_receive(self, messages, *, timeout=None):
+        count = sum(1 for _ in messages)
+        replies = list(super().send_and_receive(messages, timeout=timeout))
+        assert len(replies) == count > 0
+        return replies[::-1]

@@ -1,7 +1,7 @@
 """Settings that do not go together, and settings without an effect: all of them, from the configuration alone.
 
 What needs the cards or the model is said where they are known: batches and promises by
-:func:`fedllm_helpers.client_app.check_cards`, ranks by :func:`fedllm_helpers.rules.check_shapes`.
+:func:`client_app.check_cards`, ranks by :func:`rules.check_shapes`.
 """
 
 import logging

@@ -85,7 +85,7 @@ class Train:
 
 @dataclass
 class Compression:
-    """How adapters are made smaller for the way; see :mod:`fedllm_helpers.compression`."""
+    """How adapters are made smaller for the way; see :mod:`fedllm_helpers.communication.compression`."""
 
     up: str = _setting("fp32", "number format of the updates that hospitals send", choices=NUMBER_FORMATS)
     down: str = _setting("fp32", "number format of the adapter that the server sends", choices=NUMBER_FORMATS)
@@ -130,7 +130,7 @@ class Privacy:
 
 @dataclass
 class SecureAggregation:
-    """The server learns the sum of the updates and no single one; see :mod:`fedllm_helpers.secure_aggregation`."""
+    """The server learns the sum of the updates and no single one; see :mod:`secure_aggregation`."""
 
     threshold: int | None = _setting(None, "hospitals without which no sum can be opened; null for no masks", low=2)
     value_range: float = _setting(

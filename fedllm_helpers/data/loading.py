@@ -11,9 +11,8 @@ import pandas as pd
 from datasets import Dataset
 from omegaconf import DictConfig
 
-from fedllm_helpers import ontology
 from fedllm_helpers.config import checked
-from fedllm_helpers.data import files, splitting
+from fedllm_helpers.data import files, ontology, splitting
 from fedllm_helpers.data.columns import to_cards
 from fedllm_helpers.data.contents import SHEETS, SUFFIXES
 from fedllm_helpers.data.files import Table

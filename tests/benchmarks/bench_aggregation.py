@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fedllm_helpers import aggregation, factors
+from fedllm_helpers import aggregation
+from fedllm_helpers.adapters import factors
 
 CLIENTS, LAYERS, RANK = 20, 32, 16
 SHAPES = {"q_proj": (4096, 4096), "v_proj": (1024, 4096)}

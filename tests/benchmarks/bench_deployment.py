@@ -7,7 +7,10 @@ import time
 
 import numpy as np
 
-from fedllm_helpers import config, deployed_runs, deployment, simulation, watchdog
+from fedllm_helpers import config, deployment
+from fedllm_helpers.deployment import runs as deployed_runs
+from fedllm_helpers.deployment import watchdog
+from fedllm_helpers.federation import simulation
 
 STARTS = 20
 SETTINGS = (
@@ -22,9 +25,11 @@ SETTINGS = (
 PARTS = """
 import time
 start = time.perf_counter()
-from fedllm_helpers import client_app, config, messages
+from fedllm_helpers import config
+from fedllm_helpers.federation import client_app
+from fedllm_helpers.models.process import base_model
 imported = time.perf_counter()
-messages.base_model(config.load("cpu"))
+base_model(config.load("cpu"))
 print(imported - start, time.perf_counter() - imported)
 """
 

@@ -24,12 +24,14 @@ RUN = ["federation.num_clients=8", "federation.num_rounds=3", "federation.partit
 
 def in_process_or_ray(backend, *overrides):
     """In a process of its own: wall seconds of ``simulation.run``, and of its clients' training."""
-    from fedllm_helpers import client_app, config, messages, simulation
+    from fedllm_helpers import config
+    from fedllm_helpers.federation import client_app, simulation
+    from fedllm_helpers.models.process import base_model
 
     cfg = config.load("cpu", *RUN, *overrides)
     start = time.perf_counter()
     if backend == "in-process":
-        messages.base_model(cfg), client_app.own_cards(cfg, 0)
+        base_model(cfg), client_app.own_cards(cfg, 0)
     loading = time.perf_counter() - start
     record = simulation.run(cfg, backend, progress=False)
     wall = time.perf_counter() - start

@@ -11,7 +11,9 @@ import time
 
 import numpy as np
 
-from fedllm_helpers import accounting, config, data, dp_sgd, models, secure_aggregation, training
+from fedllm_helpers import config, data, models, training
+from fedllm_helpers.privacy import accounting, secure_aggregation
+from fedllm_helpers.training import dp_sgd
 
 VALUES, BATCH, STEPS, TURNS = 921_600, 8, 6, 4
 

@@ -13,7 +13,8 @@ import time
 
 import torch
 
-from fedllm_helpers import batches, communication, config, data, models
+from fedllm_helpers import communication, config, data, models
+from fedllm_helpers.training import batches
 
 REPEATS = 8
 

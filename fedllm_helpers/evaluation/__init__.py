@@ -1,0 +1,25 @@
+"""How good a model is: likelihood, greedy answers and multiple choice, with intervals. Taught in notebook 02."""
+
+from fedllm_helpers.evaluation.scoring import (
+    AnswerScores,
+    Estimate,
+    accuracy,
+    generate,
+    mean_nll,
+    nll_difference,
+    perplexity,
+    score_answers,
+    token_losses,
+)
+
+__all__ = [
+    "AnswerScores",
+    "Estimate",
+    "accuracy",
+    "generate",
+    "mean_nll",
+    "nll_difference",
+    "perplexity",
+    "score_answers",
+    "token_losses",
+]

@@ -1,0 +1,51 @@
+"""Requests of a round: what the strategy adds, and what the rule sends to each hospital."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp.strategy import Strategy
+from omegaconf import DictConfig
+
+from fedllm_helpers.adapters.records import Adapter, message_bytes, to_record
+from fedllm_helpers.aggregation import rules
+from fedllm_helpers.aggregation.edits import Base
+from fedllm_helpers.communication.compression import request_arrays
+from fedllm_helpers.training.fine_tuning import Round
+
+
+@dataclass
+class Outgoing:
+    """A round's requests, made one by one: most rules send everyone the same, some each hospital its own.
+
+    ``request`` has what the strategy adds, ``more`` further records; ``sizes`` collects bytes by hospital.
+    """
+
+    cfg: DictConfig
+    adapter: Adapter
+    base: Base
+    nodes: dict[int, int]
+    request: Message | None = None
+    more: dict[str, ConfigRecord] = field(default_factory=dict)
+    sizes: dict[int, int] = field(default_factory=dict)
+    made: dict[int, ArrayRecord] = field(default_factory=dict)  # by rank
+
+    def message(self, hospital: int, kind: str) -> Message:
+        """The request for a hospital."""
+        size = rules.rank_of(self.cfg, hospital)
+        if size not in self.made:
+            self.made[size] = request_arrays(self.cfg, rules.down(self.cfg, self.adapter, hospital))
+        content = RecordDict({**self.request.content, "arrays": self.made[size], **self.more})
+        self.base.attach(content, self.nodes[hospital])
+        message = Message(content, self.nodes[hospital], kind)
+        self.sizes[hospital] = message_bytes(message)
+        return message
+
+
+def training_orders(cfg: DictConfig, strategy: Strategy, step: Round, adapter: Adapter, node: int) -> Message:
+    """What the strategy would send: the content is the same for all. Strategies sample for themselves: from one."""
+    view = SimpleNamespace(get_node_ids=lambda: [node])
+    (request,) = strategy.configure_train(
+        step.number, to_record(rules.up(cfg, adapter, step.number)), ConfigRecord({"lr": step.learning_rate}), view
+    )
+    return request

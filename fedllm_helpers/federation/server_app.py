@@ -1,0 +1,195 @@
+"""Flower ServerApp: asks hospitals, screens and combines their adapters, and keeps every finished round."""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Strategy
+from omegaconf import DictConfig
+
+from fedllm_helpers import data, folders, models, training
+from fedllm_helpers.adapters.records import Adapter, to_record
+from fedllm_helpers.aggregation import rules, strategies
+from fedllm_helpers.aggregation.edits import Base
+from fedllm_helpers.communication import compression
+from fedllm_helpers.config.runs import settings
+from fedllm_helpers.evaluation.scoring import score_answers
+from fedllm_helpers.federation import checkpoints, run_folders
+from fedllm_helpers.federation.nodes import Answers, hospitals, join
+from fedllm_helpers.federation.process import cpu_threads, quiet_flower
+from fedllm_helpers.federation.provenance import fingerprint, provenance
+from fedllm_helpers.federation.rounds import Federation, run_round
+from fedllm_helpers.federation.tables import Tables, bar, report
+from fedllm_helpers.models import editing
+from fedllm_helpers.models.process import base_model, first_adapter
+from fedllm_helpers.privacy import noise
+from fedllm_helpers.training import memory
+
+logger = logging.getLogger(__name__)
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run a federation from a run's settings; the result goes into ``context.state`` and, with a folder, to disk.
+
+    ``folder`` of the run config: where rounds, adapters and tables are kept; ``"auto"`` is a folder of its own under
+    the user's data, ``""`` keeps nothing. A folder with rounds of the same settings is gone on with.
+    """
+    given, cfg, folder = context.run_config, settings(context), run_folders.of_context(context)
+    progress = str(given.get("progress", ""))
+    if folder and progress == "lines":
+        print(f"rounds are kept in {folder}: a run with this folder in its settings goes on from there", flush=True)
+    with quiet_flower(), run_folders.alone_in(folder):
+        cfg, answers = join(grid, cfg)
+        base, start = Base(), first_adapter(cfg)
+        seen = fingerprint(cfg, cards="cards" not in given and bool(cfg.federation.evaluate_every))
+        origin = provenance(cfg, fingerprint={**seen, "cards": str(given.get("cards", seen["cards"]))})
+        keep = partial(_keep, cfg, base, folder) if folder else None
+        how = {"evaluate": _evaluation(cfg, base), "keep": keep, "folder": folder, "progress": progress}
+        if folder:
+            run_folders.check_origin(folder, origin)
+        adapter, tables = federate(grid, cfg, start, **how, base=base, answers=answers)
+        rows = {"history": json.dumps(tables.history), "clients": json.dumps(tables.clients)}
+        context.state["adapter"], context.state["tables"] = to_record(adapter), ConfigRecord(rows)
+        context.state["edit"] = to_record(base.whole())
+        if folder:
+            with checkpoints.kept_or_said(folder, "the last adapter with its tables"):
+                keep(adapter, "adapter")
+                folders.write(folder / "history.csv", tables.history_frame().to_csv(index=False))
+                folders.write(folder / "clients.csv", tables.clients_frame().to_csv(index=False))
+                folders.write(folder / run_folders.ORIGIN, json.dumps(origin, indent=1))
+
+
+def _evaluation(cfg: DictConfig, base: Base) -> Callable[[Adapter], float] | None:
+    """Nats per answer token on the server's held-out cards; None where it has none, or none are wanted.
+
+    With FedSA-LoRA there is nothing to score: the server has no B. ``federation.fraction_evaluate`` asks hospitals.
+    """
+    test = data.load(cfg)[1] if cfg.federation.evaluate_every else []
+    if cfg.federation.aggregation == "FedSA-LoRA":
+        said = "the server has no B, so that it scores and saves no model; federation.fraction_evaluate asks hospitals"
+        logger.warning("FedSA-LoRA: %s, and their adapters stay in their state for the time of the run", said)
+        return None
+    if not len(test):
+        return None
+    shown = test.select(range(min(len(test), cfg.federation.evaluate_cards or len(test))))
+
+    def evaluate(adapter: Adapter) -> float:
+        """Score an adapter."""
+        model, tokenizer = base_model(cfg)
+        models.set_adapter(model, adapter)
+        with cpu_threads(cfg), editing.edited(model, base.summed()):
+            scores = score_answers(model, tokenizer, shown, cfg)
+        return float(scores.nll.sum() / scores.tokens.sum())
+
+    return evaluate
+
+
+def _keep(cfg: DictConfig, base: Base, folder: Path, adapter: Adapter, name: str) -> None:
+    if cfg.federation.aggregation == "FedSA-LoRA":  # without a B it would open as the untuned model
+        return
+    model, _ = base_model(cfg)
+    if base.edits:  # PEFT opens adapters, not edits: everything that was learned, as one adapter of a larger rank
+        editing.save_update(model, rules.update(cfg, adapter, base), folder / name)
+        return
+    models.set_adapter(model, adapter)
+    models.save_adapter(model, folder / name)
+
+
+@memory.loaded_set_aside()
+def federate(
+    grid: Grid,
+    cfg: DictConfig,
+    adapter: Adapter,
+    *,
+    evaluate: Callable[[Adapter], float] | None = None,
+    keep: Callable[[Adapter, str], None] | None = None,
+    folder: Path | None = None,
+    progress: str = "",
+    base: Base | None = None,
+    answers: Answers | None = None,
+) -> tuple[Adapter, Tables]:
+    """All rounds of a federation, from the first or from where an earlier process was ended.
+
+    Args:
+        grid: Flower's, or the one in this process.
+        cfg: its ``federation`` and ``train`` sections are used.
+        adapter: to start from.
+        evaluate: scores an adapter on the server, in nats per answer token.
+        keep: saves an adapter under a name, after every ``train.save_every_round`` rounds.
+        folder: of the checkpoints, one after every round.
+        progress: ``"bar"`` over rounds and clients, ``"lines"``, one for each round, or nothing.
+        base: takes what FLoRA and FedEx-LoRA add to the base model.
+        answers: of nodes that have said which hospital they are, from :func:`fedllm_helpers.federation.nodes.join`.
+
+    Returns:
+        The last adapter, and the tables of rounds and of clients.
+
+    Raises:
+        TimeoutError: fewer than ``federation.num_clients`` hospitals connect.
+        RuntimeError: no hospital sent a usable adapter, in the first round or in two running, or the strategy made
+            nothing of them in two; the end of the first one's traceback is its note.
+        ValueError: the folder holds a run with other settings, or ``federation.min_replies`` is more than are asked.
+    """
+    strategy, plan, base = strategies.make_strategy(cfg), training.rounds(cfg), Base() if base is None else base
+    rules.check_shapes(cfg, adapter)
+    before, tables, done, seats = checkpoints.latest(folder, cfg) if folder else None, Tables(), 0, {}
+    if before:
+        adapter, tables, done = _restore(before, cfg, strategy, grid, base)
+        print(f"going on after round {done} of {len(plan)} from {folder}\n" if progress else "", end="", flush=True)
+    elif evaluate:
+        tables.history.append({"round": 0, "nll": evaluate(adapter)})
+    with bar(plan[done:], progress == "bar") as shown:
+        for step in plan[done:]:
+            names, answers, start = hospitals(grid, cfg, seats, answers), None, time.perf_counter()
+            adapter, row = run_round(Federation(grid, cfg, strategy, tables, base, shown), step, adapter, names)
+            if evaluate and (step.number == len(plan) or step.number % cfg.federation.evaluate_every == 0):
+                row["nll"] = evaluate(adapter)
+            tables.history.append({**row, "seconds": time.perf_counter() - start})
+            if progress == "lines":
+                print(report(tables.history[-1], len(plan)), flush=True)
+            _save(folder, cfg, step, adapter, strategy, grid, tables, keep, base)
+    return adapter, tables
+
+
+def _restore(
+    before: checkpoints.Checkpoint, cfg: DictConfig, strategy: Strategy, grid: Grid, base: Base
+) -> tuple[Adapter, Tables, int]:
+    if before.states and hasattr(grid, "remember"):
+        grid.remember(before.states)
+    elif before.states or compression.remembers(cfg) or cfg.federation.aggregation == "FedSA-LoRA":
+        logger.warning("what hospitals keep (error feedback, FedSA-LoRA's B) is not in the checkpoint: it may be lost")
+    if noise.silent(cfg):
+        logger.warning("a round that was cut off is sent again: its privacy is paid for twice, and counted once")
+    base.edits |= before.edits
+    strategies.restore_strategy(strategy, before.strategy_arrays, before.strategy_kinds)
+    return before.adapter, Tables(before.history, before.clients), before.number
+
+
+def _save(
+    folder: Path | None,
+    cfg: DictConfig,
+    step: training.Round,
+    adapter: Adapter,
+    strategy: Strategy,
+    grid: Grid,
+    tables: Tables,
+    keep: Callable[[Adapter, str], None] | None,
+    base: Base,
+) -> None:
+    if keep and step.saved:
+        with checkpoints.kept_or_said(folder, f"the adapter of round {step.number}"):
+            keep(adapter, f"adapters/round-{step.number:06d}")
+    if folder:
+        arrays, kinds = strategies.strategy_state(strategy)
+        states = grid.remembered() if hasattr(grid, "remembered") else {}
+        rows = (tables.history, tables.clients)
+        checkpoints.save(
+            folder, cfg, checkpoints.Checkpoint(step.number, adapter, arrays, kinds, *rows, states, base.edits)
+        )

@@ -1,0 +1,166 @@
+"""Secure aggregation on Flower's messages, at the server: a round in which it learns the sum alone."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from omegaconf import DictConfig
+
+from fedllm_helpers.adapters.packing import send
+from fedllm_helpers.adapters.records import Adapter, message_bytes
+from fedllm_helpers.adapters.screening import Reply, looked_at, read_numbers, read_parts, read_shares
+from fedllm_helpers.privacy import secure_aggregation as secure
+from fedllm_helpers.privacy.masked_clients import MASKED, SENT
+
+logger = logging.getLogger(__name__)
+
+KEYS = ("mask_key", "cipher_key", "commitment")  # of a hospital's public half
+
+
+@dataclass
+class Session:
+    """The server's side of one masked round: what hospitals published, the running sum, and the bytes it took."""
+
+    grid: Grid
+    cfg: DictConfig
+    number: int
+    nodes: dict[int, int]
+    public: dict[int, secure.Public] = field(default_factory=dict)
+    weights: dict[int, int] = field(default_factory=dict)
+    places: dict[int, int] = field(default_factory=dict)
+    shares: dict[int, dict[int, bytes]] = field(default_factory=dict)  # by receiver, then by maker
+    total: np.ndarray | None = None
+    survivors: set[int] = field(default_factory=set)
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    @property
+    def threshold(self) -> int:
+        """How many hospitals open a sum."""
+        return self.cfg.federation.secure_aggregation.threshold
+
+    def begin(self, asked: list[int]) -> list[int]:
+        """Collect keys, then shares.
+
+        Returns:
+            The hospitals that take part; none where they are fewer than the threshold.
+        """
+        cards = self.cfg.federation.privacy.client
+        equal = cards.noise_multiplier is not None and cards.weights == "uniform"
+        for hospital, (public, cards) in self._ask("keys", {k: ConfigRecord({"round": self.number}) for k in asked}):
+            self.public[hospital], self.weights[hospital] = public, 1 if equal else cards
+        self._leave_room()
+        if len(self.public) < self.threshold:
+            return []
+        self.places = {hospital: place for place, hospital in enumerate(sorted(self.public), 1)}
+        made = dict(self._ask("shares", dict.fromkeys(self.public, self.orders())))
+        self.public = {hospital: key for hospital, key in sorted(self.public.items()) if hospital in made}
+        for maker, shares in made.items():
+            for hospital, share in shares.items():
+                self.shares.setdefault(hospital, {})[maker] = share
+        return sorted(self.public) if len(self.public) >= self.threshold else []
+
+    def _leave_room(self) -> None:
+        """Leave out whoever claims the most cards, until the sum of all is exact to 8 bits."""
+        while self.public:
+            try:
+                secure.fixed_point(
+                    [self.weights[k] for k in self.public], self.cfg.federation.secure_aggregation.value_range
+                )
+                return
+            except ValueError:
+                most = max(self.public, key=self.weights.get)
+                del self.public[most]
+                said = "round %d: hospital %d is left out of the keys: its %d cards leave no bits for the sum"
+                logger.warning(said, self.number, most, self.weights[most])
+
+    def orders(self) -> ConfigRecord:
+        """What a hospital needs to make shares or to mask: everyone's public keys and weights."""
+        privacy, keys = self.cfg.federation.privacy.client, [self.public[hospital] for hospital in sorted(self.public)]
+        return ConfigRecord(
+            {
+                "round": self.number,
+                "threshold": self.threshold,
+                "hospitals": sorted(self.public),
+                "weights": [self.weights[hospital] for hospital in sorted(self.public)],
+                "mask_keys": [key.mask_key for key in keys],
+                "cipher_keys": [key.cipher_key for key in keys],
+                "commitments": [key.commitment for key in keys],
+                "value-range": self.cfg.federation.secure_aggregation.value_range,
+                "clipping-norm": privacy.clipping_norm if privacy.noise_multiplier is not None else 0.0,
+            }
+        )
+
+    def add(self, reply: Reply) -> None:
+        """Add a masked update to the sum; one is in memory at a time. What is in it, nobody can check."""
+        values = reply.arrays[MASKED]
+        self.total = values.copy() if self.total is None else self.total + values
+        self.survivors.add(reply.hospital)
+
+    def end(self, adapter: Adapter) -> tuple[Adapter, float] | None:
+        """Open the sum.
+
+        Returns:
+            The adapter plus the weighted mean of the survivors' updates, and the largest share of a weight in it; None,
+            with a line in the log, where too few hospitals are left.
+        """
+        makers = {hospital: self.shares[hospital] for hospital in sorted(self.survivors)}
+        extra = {
+            hospital: {"survivors": sorted(self.survivors), "makers": list(some), "shares": list(some.values())}
+            for hospital, some in makers.items()
+        }
+        try:
+            if len(self.survivors) < self.threshold:
+                raise ValueError(f"{len(self.survivors)} masked updates arrived, {self.threshold} are needed")
+            asked = {hospital: ConfigRecord({**self.orders(), **more}) for hospital, more in extra.items()}
+            opened = dict(self._ask("reveal", asked))
+            total = secure.unmask(
+                self.total, self.public, self.places, self.survivors, opened, self.number, self.threshold
+            )
+        except ValueError as error:  # whose share is wrong, the server cannot always tell
+            logger.warning("round %d: the sum stays closed: %s", self.number, error)
+            return None
+        kept, code = self._weights()
+        mean = secure.decode(total, sum(kept), code, adapter)
+        return {key: value + mean[key] for key, value in adapter.items()}, max(kept) / sum(kept)
+
+    def _weights(self) -> tuple[list[int], secure.FixedPoint]:
+        everyone = [self.weights[hospital] for hospital in sorted(self.public)]
+        code = secure.fixed_point(everyone, self.cfg.federation.secure_aggregation.value_range)
+        return [self.weights[hospital] for hospital in sorted(self.survivors)], code
+
+    def _ask(self, what: str, records: dict[int, ConfigRecord]) -> Iterator[tuple[int, Any]]:
+        """(hospital, what it says) of the usable answers to ``query.what``, in order of hospital."""
+        requests = [
+            Message(RecordDict({SENT: record}), self.nodes[hospital], f"query.{what}")
+            for hospital, record in records.items()
+        ]
+        self.bytes_down += sum(message_bytes(request) for request in requests)
+        names, answers = {node: hospital for hospital, node in self.nodes.items()}, {}
+        for node, reply in send(self.grid, requests, self.cfg.federation.timeout):
+            self.bytes_up += message_bytes(reply)
+            answer, why = looked_at(reply, partial(self._read, what))
+            if node is None or why:
+                logger.warning(
+                    "round %d: hospital %s is left out of the %s: %s", self.number, names.get(node), what, why
+                )
+            else:
+                answers[names[node]] = answer
+        return iter(sorted(answers.items()))
+
+    def _read(self, what: str, content: RecordDict) -> Any:
+        """An answer to ``query.what``: keys and cards, or bytes by hospital. ValueError where it is none."""
+        if what == "keys":
+            public = secure.Public(**read_parts(content, SENT, KEYS, 32))
+            for key in (public.mask_key, public.cipher_key):  # raises for one on which nobody can agree, such as zeros
+                X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(key))
+            cards = read_numbers(content, {"num-examples": (1, self.cfg.federation.max_cards)}, ("num-examples",))
+            return public, int(cards["num-examples"])
+        name, size = ("shares", secure.SEALED) if what == "shares" else ("opened", secure.SHARE)
+        return read_shares(content, SENT, name, sorted(self.public), size)

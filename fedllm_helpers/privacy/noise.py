@@ -1,0 +1,85 @@
+"""Less to be read from what is sent: clipped updates and a noisy average.
+
+The promises are in :mod:`accounting`, DP-SGD within a hospital in :mod:`dp_sgd`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from omegaconf import DictConfig
+
+from fedllm_helpers.adapters.records import Adapter
+from fedllm_helpers.adapters.screening import Reply
+
+
+def norm(adapter: Adapter) -> float:
+    """Euclidean norm over all values."""
+    return math.sqrt(sum(float(np.square(value, dtype=np.float64).sum()) for value in adapter.values()))
+
+
+def clip(update: Adapter, clipping_norm: float) -> Adapter:
+    """The update, made shorter where its norm is above ``clipping_norm``. Taught in notebook 05.
+
+    Source: McMahan et al. 2018, arXiv:1710.06963.
+    """
+    size = norm(update)
+    if size <= clipping_norm:
+        return update
+    factor = clipping_norm / size * (1 - 1e-6)  # rounding to float32 must not exceed it
+    return {key: (value * factor).astype(value.dtype) for key, value in update.items()}
+
+
+def noisy(mean: Adapter, sensitivity: float, noise_multiplier: float, generator: np.random.Generator) -> Adapter:
+    """A mean of clipped updates plus normal noise of ``noise_multiplier`` · ``sensitivity`` per value.
+
+    Args:
+        mean: Σ pₖ uₖ with Σ pₖ = 1.
+        sensitivity: by how much one hospital can move it: clipping norm · largest pₖ, so C / n for equal weights.
+        noise_multiplier: in units of it.
+        generator: of the noise; keep its seed secret where the result is published.
+    """
+    scale = noise_multiplier * sensitivity
+    return {key: (value + generator.normal(0.0, scale, value.shape)).astype(value.dtype) for key, value in mean.items()}
+
+
+def bounded(cfg: DictConfig, reply: Reply, adapter: Adapter) -> Reply:
+    """A reply whose update is clipped, and whose weight is 1 where hospitals count alike.
+
+    Hospitals clip for themselves where the server cannot see: here it does not rely on them.
+    """
+    how = cfg.federation.privacy.client
+    if how.noise_multiplier is None:
+        return reply
+    update = clip({key: reply.arrays[key] - adapter[key] for key in adapter}, how.clipping_norm)
+    numbers = reply.numbers | ({"num-examples": 1.0} if how.weights == "uniform" else {})
+    return replace(reply, arrays={key: adapter[key] + update[key] for key in adapter}, numbers=numbers)
+
+
+def finish(cfg: DictConfig, number: int) -> Callable[[Adapter, float], Adapter] | None:
+    """Adds a round's noise to the mean of bounded replies, given the largest share of one in it; None without noise."""
+    how = cfg.federation.privacy.client
+    if how.noise_multiplier is None:
+        return None
+    generator = np.random.default_rng(noise_seed(cfg, 0, number))
+    return lambda mean, share: noisy(mean, how.clipping_norm * share, how.noise_multiplier, generator)
+
+
+def silent(cfg: DictConfig) -> bool:
+    """Whether hospitals keep losses and token counts to themselves, because those would leave without protection."""
+    how = cfg.federation.privacy
+    private = (how.record.epsilon, how.record.noise_multiplier, how.client.noise_multiplier)
+    return any(value is not None for value in private) or bool(cfg.federation.secure_aggregation.threshold)
+
+
+def noise_seed(cfg: DictConfig, purpose: int, *numbers: int) -> np.random.SeedSequence:
+    """The seed of some noise: from ``federation.privacy.noise_seed``, or 128 bits of the system's entropy.
+
+    Args:
+        cfg: of the federation.
+        purpose: 0 for the server's noise, 1 for a hospital's: they never share a stream.
+        numbers: such as round and hospital.
+    """
+    given = cfg.federation.privacy.noise_seed
+    return np.random.SeedSequence() if given is None else np.random.SeedSequence([given, purpose, *numbers])

@@ -1,0 +1,5 @@
+"""The grids behind ``notebooks/results``: what takes too long for a notebook. Read in notebooks 04 to 07.
+
+:mod:`experiments` is their command, :mod:`arms`, :mod:`lab`, :mod:`audits` and :mod:`views` do them, and :mod:`results`
+keeps them with their provenance.
+"""

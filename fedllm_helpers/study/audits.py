@@ -1,0 +1,217 @@
+"""Every attack on every defence: cards with canaries, an attacked adapter, and the grid behind notebook 05."""
+
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset
+from omegaconf import DictConfig
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from fedllm_helpers import attacks, config, data, evaluation, folders, models
+from fedllm_helpers.federation.provenance import fingerprint, provenance
+from fedllm_helpers.models.process import base_model
+from fedllm_helpers.study.arms import KEPT, keep, kept, key_of, pool, run_all, train_arm
+from fedllm_helpers.training import guarantees
+
+# Four hospitals of 60 cards each, and as many held out; a smaller rank, because noise grows with every value.
+SETTINGS = [
+    "dataset.specialties=[cardiovascular system,eye,metabolism/homeostasis,nervous system]",
+    "dataset.max_cards_per_specialty=120",
+    "train.evaluate_split=0.5",
+    "model.lora.peft_lora_r=4",
+    "model.lora.peft_lora_alpha=16",
+    "federation.num_clients=4",
+    "federation.num_rounds=3",
+    "federation.training_arguments.max_steps=12",
+    "federation.training_arguments.per_device_train_batch_size=4",
+    "federation.evaluate_every=0",
+]
+VICTIM, COPIES = "cardiovascular system", (0, 1, 4, 16)
+FEDERATED = "federated/specialty"
+# with noise the same cards in fewer, larger batches: the signal grows with a batch, and the noise does not
+BATCHES = "federation.training_arguments.max_steps=4 federation.training_arguments.per_device_train_batch_size=12"
+RECORD = f"{BATCHES} federation.privacy.record.epsilon="
+CLIENT = f"{BATCHES} federation.privacy.client.clipping_norm=2 federation.privacy.client.noise_multiplier="
+# name: what is trained, its largest learning rate, and the settings that differ
+PRIVACY = {
+    "untuned": ("untuned", 0.0, ""),
+    "pooled": ("same examples/pooled", 4e-3, ""),
+    "federated": (FEDERATED, 8e-3, ""),
+    "large batches": (FEDERATED, 8e-3, BATCHES),  # what they alone change, without noise
+    "record ε = 32": (FEDERATED, 2e-2, f"{RECORD}32"),
+    "record ε = 8": (FEDERATED, 2e-2, f"{RECORD}8"),
+    "record ε = 2": (FEDERATED, 2e-2, f"{RECORD}2"),
+    "client z = 0.02": (FEDERATED, 8e-3, f"{CLIENT}0.02"),
+    "client z = 1": (FEDERATED, 8e-3, f"{CLIENT}1"),
+}
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What attacks found in one adapter.
+
+    Attributes:
+        nll, tokens, min_k: per card, members first: summed nats, answer tokens, and the Min-K% score.
+        exposure, extracted: per canary.
+        seconds: of training.
+    """
+
+    nll: np.ndarray
+    tokens: np.ndarray
+    min_k: np.ndarray
+    exposure: np.ndarray
+    extracted: np.ndarray
+    seconds: float
+
+
+def stage(
+    cfg: DictConfig, folder: Path, *, copies: Sequence[int] = COPIES, each: int = 1, victim: str = VICTIM
+) -> tuple[DictConfig, Dataset, Dataset, list[attacks.Canary]]:
+    """Plant canaries in one hospital's cards, and keep as many cards held out as are trained on.
+
+    Args:
+        cfg: its split gives the members (trained on) and the others (held out).
+        folder: for the file of the planted cards.
+        copies, each: of :func:`fedllm_helpers.attacks.canaries`.
+        victim: the specialty, and so the hospital, that gets them.
+
+    Returns:
+        The configuration of a federation on the planted cards; members and others, without canaries; the canaries.
+    """
+    members, others = data.load(cfg)
+    planted = attacks.canaries(copies, each=each, seed=cfg.seed)
+    path = Path(folder) / f"planted-{key_of(cfg, list(copies), each, victim)}.json"
+    folders.write(path, json.dumps(attacks.plant(members, planted, victim, cfg.seed).to_list()))
+    whole = [*data.WHOLE_FILE, "train.evaluate_split=false"]
+    return config.load(cfg, f"dataset.name={path}", *whole), members, others, planted
+
+
+def audit(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    members: Dataset,
+    others: Dataset,
+    planted: Sequence[attacks.Canary],
+    cfg: DictConfig,
+    *,
+    seconds: float = 0.0,
+) -> Audit:
+    """Every attack on the adapter that is in the model. Taught in notebook 05.
+
+    Args:
+        model, tokenizer: attacked; the attacker may ask for the likelihood of any text.
+        members, others: cards trained on, and held out by the same split.
+        planted: canaries.
+        cfg: its ``dataset.prompt`` and ``train.seq_length``, as in training.
+        seconds: to be noted.
+    """
+    losses = [loss for part in (members, others) for loss in evaluation.token_losses(model, tokenizer, part, cfg)]
+    return Audit(
+        np.array([loss.sum() for loss in losses]),
+        np.array([len(loss) for loss in losses]),
+        attacks.scores(losses, attack="min-k"),
+        np.array([attacks.exposure(model, tokenizer, canary, cfg) for canary in planted]),
+        np.array([attacks.extracted(model, tokenizer, canary, cfg) for canary in planted]),
+        seconds,
+    )
+
+
+def areas(found: Audit, reference: Audit, members: int) -> dict[str, attacks.Roc]:
+    """The three membership attacks on an audited adapter, by name.
+
+    Args:
+        found: of the adapter.
+        reference: of the untuned one.
+        members: how many of the cards were trained on; they come first.
+    """
+    mean, other = found.nll / found.tokens, reference.nll / reference.tokens
+    scores = {"loss": -mean, "ratio": -mean / np.maximum(other, 1e-6), "min-k": found.min_k}
+    return {attack: attacks.membership(score[:members], score[members:]) for attack, score in scores.items()}
+
+
+def audit_arm(cfg: DictConfig, arm: str, rate: float, each: int, folder: Path = KEPT) -> Audit:
+    """Train an arm on planted cards and attack it; what an earlier call found is read back."""
+    staged, members, others, planted = stage(cfg, folder, each=each)
+    path = Path(folder) / f"audit-{key_of(cfg, arm, rate, each)}.npz"
+    if (found := kept(path)) is None:
+        start = time.perf_counter()
+        adapter, (model, tokenizer) = train_arm(staged, arm, rate)[0], base_model(staged)
+        seconds = time.perf_counter() - start
+        models.set_adapter(model, adapter)
+        keep(path, **vars(audit(model, tokenizer, members, others, planted, cfg, seconds=seconds)))
+        found = kept(path)
+    return Audit(**found)
+
+
+def privacy_grid(seeds: list[int], folder: Path, processes: int, each: int = 3) -> None:
+    """Train and attack :data:`PRIVACY` over seeds; write a row per card, a row per canary, and where they come from.
+
+    Args:
+        seeds: of split, start, order, canaries and noise.
+        folder: for ``privacy_cards.csv``, ``privacy_canaries.csv`` and ``privacy.json``.
+        processes: that train at the same time.
+        each: canaries per number of copies.
+    """
+    cfg, jobs = config.load("cpu", "federation.threads=1", *SETTINGS), {}
+
+    for seed, (name, (arm, rate, changes)) in itertools.product(seeds, PRIVACY.items()):
+        seeded = config.load(cfg, f"seed={seed}", f"federation.privacy.noise_seed={seed}", *changes.split())
+        jobs[seed, name] = partial(audit_arm, seeded, arm, rate, each)
+    with pool(processes) as workers:
+        found = dict(run_all(workers, jobs, "audits"))
+    of_seed = {seed: {name: found[seed, name] for name in PRIVACY} for seed in seeds}
+    cards = [_card_rows(config.load(cfg, f"seed={seed}"), some) for seed, some in of_seed.items()]
+    folders.write(folder / "privacy_cards.csv", pd.concat(cards).to_csv(index=False))
+    leaks = [_canary_rows(seed, each, some) for seed, some in of_seed.items()]
+    folders.write(folder / "privacy_canaries.csv", pd.concat(leaks).to_csv(index=False))
+    names = ("trained", "learning_rate", "settings")
+    more = {
+        "seeds": seeds,
+        "arms": {name: dict(zip(names, arm, strict=True)) for name, arm in PRIVACY.items()},
+        "training_seconds": {n: round(float(np.mean([found[seed, n].seconds for seed in seeds]))) for n in PRIVACY},
+        "guarantees": _guarantees(cfg, each),
+        "fingerprint": fingerprint(cfg, seeds=seeds),
+    }
+    text = json.dumps(provenance(cfg, **more), indent=1, ensure_ascii=False)
+    folders.write(folder / "privacy.json", text + "\n")
+
+
+def _card_rows(cfg: DictConfig, found: dict[str, Audit]) -> pd.DataFrame:
+    """A row per card, members first: tokens, and of each arm the nats and the Min-K% score."""
+    parts = data.load(cfg)
+    table = pd.concat([part.select_columns(["card_id"]).to_pandas() for part in parts])
+    member = np.repeat([1, 0], [len(part) for part in parts])
+    table = table.assign(seed=cfg.seed, member=member, tokens=next(iter(found.values())).tokens)
+    table = table.assign(**{name: one.nll.round(3) for name, one in found.items()})
+    return table.assign(**{f"min-k: {name}": one.min_k.round(3) for name, one in found.items()})
+
+
+def _canary_rows(seed: int, each: int, found: dict[str, Audit]) -> pd.DataFrame:
+    """A row per arm and canary: how often it was planted, its exposure in bits, whether it could be read out."""
+    copies = [canary.copies for canary in attacks.canaries(COPIES, each=each, seed=seed)]
+    rows = [
+        {"arm": name, "seed": seed, "copies": copies, "exposure": one.exposure.round(2), "extracted": one.extracted * 1}
+        for name, one in found.items()
+    ]
+    return pd.concat([pd.DataFrame(row) for row in rows])
+
+
+def _guarantees(cfg: DictConfig, each: int) -> dict[str, list[float]]:
+    """ε by arm: of every hospital's records, the victim's first; or of a hospital."""
+    sizes = [60 + each * sum(COPIES), 60, 60, 60]
+    found = {}
+    for name, (_, _, changes) in PRIVACY.items():
+        changed = config.load(cfg, *changes.split())
+        if changed.federation.privacy.record.epsilon is not None:
+            found[name] = guarantees.per_hospital(changed, sizes)["epsilon"].round(3).tolist()
+        elif changed.federation.privacy.client.noise_multiplier is not None:
+            found[name] = [round(guarantees.client_epsilon(changed), 1)]
+    return found

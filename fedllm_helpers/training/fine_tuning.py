@@ -1,0 +1,251 @@
+"""Fine-tune an adapter on flashcards with the Trainer, and the schedule over the rounds of a federation."""
+
+import contextlib
+import logging
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from omegaconf import DictConfig, OmegaConf
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from fedllm_helpers import folders, limits, models
+from fedllm_helpers.config import checked, contradictions
+from fedllm_helpers.training import memory
+from fedllm_helpers.training.batches import LengthBatches, check_cards, collate, encode, takes_logits_to_keep
+
+logger = logging.getLogger(__name__)
+HISTORY = ["step", "loss", "learning_rate"]
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What one training did: ``examples`` and ``tokens`` went through the model, and how much of its input was padding.
+
+    ``history`` has a row per logged step: ``step``, ``loss`` (nats per answer token), ``learning_rate``.
+    """
+
+    history: pd.DataFrame
+    examples: int
+    tokens: int
+    padding_share: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """One planned round of a federation: learning rate, number of hospitals that train, whether the adapter is kept."""
+
+    number: int
+    learning_rate: float
+    clients: int
+    saved: bool
+
+
+@memory.loaded_set_aside()
+def fine_tune(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cards: Dataset,
+    cfg: DictConfig,
+    *,
+    learning_rate: float | None = None,
+    proximal_mu: float = 0.0,
+    trainer: Callable[..., "AdapterTrainer"] | None = None,
+    description: str = "training",
+    progress: bool = True,
+) -> TrainingRecord:
+    """Train the adapter in place with ``transformers.Trainer``, on the answers alone. Taught in notebook 02.
+
+    Args:
+        model, tokenizer: from :func:`fedllm_helpers.models.load`.
+        cards: flashcards of one owner.
+        cfg: its ``train.training_arguments`` (:mod:`fedllm_helpers.config.training_arguments`) go to the Trainer.
+        learning_rate: in place of the configured one; a federation sets it round by round.
+        proximal_mu: μ of FedProx, which adds ½ μ‖w − w₀‖² to the loss, w₀ the adapter as it comes (Li et al. 2020,
+            arXiv:1812.06127); the loss reported is without it.
+        trainer: makes another Trainer, such as one with DP-SGD (:func:`fedllm_helpers.training.dp_sgd.trainer`).
+        description, progress: of the bar with loss and time left, and whether to show it.
+
+    Returns:
+        A record of the loss, the examples and tokens seen, the share of padding, and the seconds.
+
+    Raises:
+        ValueError: no cards, or cards that do not fit ``train.seq_length``; a rate or μ out of bounds.
+        FloatingPointError: the loss is no longer finite. Whatever ends a training, the adapter is as it was before.
+    """
+    limits.number("proximal_mu", proximal_mu, above=False)
+    limits.number("learning_rate", 1.0 if learning_rate is None else learning_rate)
+    rows = _encoded(cards, tokenizer, cfg)
+    collator = partial(collate, tokenizer=tokenizer, answer_logits_only=takes_logits_to_keep(model))
+    before, bar = models.get_adapter(model), [_ProgressBar(description)] if progress else []
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = _training_arguments(cfg, model.device.type, learning_rate, scratch)
+        trainer = (trainer or AdapterTrainer)(model, arguments, collator, rows, bar, proximal_mu)
+        start = time.perf_counter()
+        try:
+            trainer.train()
+        except BaseException:
+            models.set_adapter(model, before)
+            raise
+        finally:
+            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # of accelerate's own settings
+            model.eval()
+    seconds = time.perf_counter() - start
+    memory.release()
+    history = pd.DataFrame([row for row in trainer.state.log_history if "loss" in row], columns=HISTORY)
+    share = 1 - trainer.tokens / max(trainer.cells, 1)
+    return TrainingRecord(history, trainer.examples, trainer.tokens, share, seconds)
+
+
+def _encoded(cards: Dataset, tokenizer: PreTrainedTokenizerBase, cfg: DictConfig) -> list[dict]:
+    check_cards(cards, least=1)
+    rows = encode(cards, tokenizer, checked(cfg).train.seq_length, cfg.dataset.prompt)
+    batch = cfg.train.training_arguments.get("per_device_train_batch_size", 8)
+    if batch > len(rows):
+        logger.warning("per_device_train_batch_size=%d: there are %d cards, and a step takes all", batch, len(rows))
+    return rows
+
+
+def rounds(cfg: DictConfig) -> list[Round]:
+    """The plan of a federation: a learning rate per round along a cosine, the hospitals asked, the adapters kept.
+
+    Round t of T has lr_min + ½ (lr_max − lr_min)(1 + cos(π t / T)), with t from 0: SGDR's schedule without restarts
+    (Loshchilov & Hutter 2017, arXiv:1608.03983). Taught in notebook 02.
+    """
+    low, high, total = cfg.train.learning_rate_min, cfg.train.learning_rate_max, cfg.federation.num_rounds
+    clients, plan = contradictions.asked(cfg), []
+    for number in range(1, total + 1):
+        rate = low + 0.5 * (high - low) * (1 + math.cos(math.pi * (number - 1) / total))
+        plan.append(Round(number, rate, clients, number % cfg.train.save_every_round == 0 or number == total))
+    return plan
+
+
+def round_config(cfg: DictConfig, *seeds: int, **arguments: Any) -> DictConfig:
+    """The configuration of a hospital's training within a round: ``federation.training_arguments`` over its own.
+
+    Args:
+        cfg: of the federation.
+        seeds: such as round and hospital, mixed into ``cfg.seed``; none leaves it as it is.
+        arguments: further training arguments, last.
+    """
+    given = {"save_strategy": "no", **cfg.federation.training_arguments, **arguments}  # the server keeps adapters
+    changes = {"train": {"training_arguments": given}}
+    if seeds:
+        changes["seed"] = int(np.random.SeedSequence([cfg.seed, *seeds]).generate_state(1)[0])
+    return OmegaConf.merge(cfg, changes)
+
+
+def _training_arguments(cfg: DictConfig, device: str, learning_rate: float | None, scratch: str) -> dict[str, Any]:
+    keeps_nothing = cfg.train.training_arguments.get("save_strategy", "steps") == "no"
+    ours = {
+        "output_dir": scratch if keeps_nothing else "checkpoints",
+        "seed": cfg.seed,
+        "logging_steps": 1,
+        "disable_tqdm": True,  # our own bar writes to stdout: what a notebook keeps of it is its last line
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "logging_nan_inf_filter": False,
+        "train_sampling_strategy": "group_by_length",
+        "use_cpu": device == "cpu",
+        "dataloader_pin_memory": device == "cuda",
+        "report_to": "none",
+    }
+    given = {k: v for k, v in OmegaConf.to_container(cfg.train.training_arguments).items() if v is not None}
+    return {**ours, **given, **({} if learning_rate is None else {"learning_rate": learning_rate})}
+
+
+class AdapterTrainer(Trainer):
+    """A Trainer whose checkpoints are adapter folders: safetensors, nothing pickled."""
+
+    def __init__(
+        self, model: PeftModel, arguments: dict, collator: Callable, rows: list[dict], callbacks: list, mu: float = 0.0
+    ) -> None:
+        given = TrainingArguments(**arguments)
+        given._n_gpu = min(given.n_gpu, 1)  # Trainer would split a batch over all GPUs, and `logits_to_keep` with it
+        super().__init__(model, given, collator, rows, callbacks=callbacks)
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.examples, self.tokens, self.cells, self.kept, self.mu = 0, 0, 0, [], mu
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.pulled = [(p, p.detach().clone()) for p in trained] if mu else []
+
+    def training_step(self, model: PeftModel, inputs: dict[str, torch.Tensor], *rest: Any, **kw: Any) -> torch.Tensor:
+        """A step of the Trainer, with its examples, tokens and cells (tokens and padding) counted."""
+        mask = inputs["attention_mask"]
+        self.examples, self.tokens = self.examples + len(mask), self.tokens + int(mask.sum())
+        self.cells += mask.numel()
+        loss = super().training_step(model, inputs, *rest, **kw)
+        if not torch.isfinite(loss):
+            rate = self.args.learning_rate
+            raise FloatingPointError(
+                f"the loss is {loss:.0f} after {self.state.global_step} steps: lower the rate, {rate}"
+            )
+        for weight, start in self.pulled:  # the gradient of ½ μ‖w − w₀‖², spread over the batches of a step
+            pull = self.mu / self.args.gradient_accumulation_steps
+            if weight.grad is not None:
+                weight.grad.add_(weight.detach() - start, alpha=pull)
+            elif not torch.equal(weight, start):  # a layer that no card of this batch went through, but others did
+                weight.grad = pull * (weight.detach() - start)
+        return loss
+
+    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager:
+        """Half-precision products; the adapter itself stays float32."""
+        return models.autocast(self.model)
+
+    def _get_train_sampler(self, train_dataset: list[dict] | None = None) -> torch.utils.data.Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        lengths = [len(row["input_ids"]) for row in self.train_dataset]
+        return LengthBatches(lengths, self.args.train_batch_size, self.args.seed)
+
+    def _save_checkpoint(self, model: PeftModel, trial: Any) -> None:
+        if not self.kept:
+            self.args.output_dir = str(folders.unused(self.args.output_dir, PREFIX_CHECKPOINT_DIR))
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.kept.append(models.save_adapter(self.model, folder))
+        while len(self.kept) > (self.args.save_total_limit or len(self.kept)):  # of this training; others' stay
+            folders.remove(self.kept.pop(0), *folders.ADAPTER)
+
+
+class _ProgressBar(TrainerCallback):
+    def __init__(self, description: str) -> None:
+        self.description, self.bar = description, None
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kw: Any) -> None:
+        """Start the bar on stdout, where a notebook keeps its last line and no error stream."""
+        style = {"unit": "step", "file": sys.stdout, "ncols": 100, "mininterval": 0.5}
+        self.bar = tqdm(total=state.max_steps, desc=self.description, **style)
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kw: Any) -> None:
+        """One step on."""
+        self.bar.update()
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict | None = None, **kw: Any) -> None:
+        """Show the loss beside the time left."""
+        if self.bar is not None and logs and "loss" in logs:
+            self.bar.set_postfix_str(f"loss {float(logs['loss']):.2f}", refresh=False)
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kw: Any) -> None:
+        """Leave the finished line."""
+        self.bar.close()

@@ -1,0 +1,348 @@
+"""The two apps on real processes: TLS and keys, faults in mid-round, and nothing left behind."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import flwr
+import numpy as np
+import psutil
+import pytest
+
+from fedllm_helpers import config, deployment
+from fedllm_helpers.deployment import certificates, parties, watchdog
+from fedllm_helpers.deployment import runs as deployed_runs
+from fedllm_helpers.federation import checkpoints, simulation
+
+SMALL = (
+    "federation.num_clients=2 federation.num_rounds=2 federation.training_arguments.max_steps=1 federation.threads=1 "
+    "federation.training_arguments.per_device_train_batch_size=2 dataset.max_cards_per_specialty=6 "
+    "train.evaluate_split=0.34 federation.evaluate_every=0 federation.fraction_evaluate=1 federation.timeout=600"
+)
+resource = pytest.importorskip("resource")
+CLOCKS = ["client_seconds", "seconds", "train_seconds"]
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(os.name == "nt", reason="Flower's processes need Linux or macOS"),
+]
+
+WHO_OPENS_WHAT = """
+import os, sys
+if "FLWR_HOME" in os.environ:
+    sys.modules["ray"] = None  # as without the extra `sim`
+    log = os.open(os.path.join(os.environ["FLWR_HOME"], "opened.txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    def hook(event, args):
+        if event == "open" and "hospital-" in str(args[0]):
+            os.write(log, (str(args[0]) + chr(10)).encode())
+    sys.addaudithook(hook)
+"""
+
+
+@pytest.fixture(scope="module")
+def cfg():
+    return config.load("cpu", *SMALL.split())
+
+
+@pytest.fixture(scope="module")
+def running(cfg, tmp_path_factory):
+    """Two hospitals and a server, whose processes write down which files of hospitals they open."""
+    hook = tmp_path_factory.mktemp("hook")
+    (hook / "sitecustomize.py").write_text(WHO_OPENS_WHAT)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{hook}{os.pathsep}{before or ''}"
+    try:
+        with deployment.start(cfg, tmp_path_factory.mktemp("deployment")) as running:
+            yield running
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    assert not list(watchdog.marked(running.mark))
+
+
+@pytest.fixture(scope="module")
+def in_process(cfg):
+    return simulation.run(cfg, progress=False)
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
+
+
+def until(condition, seconds=240):
+    """Wait for something; not for ever."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def log(running, name):
+    return (running.folder / name / "log.txt").read_text()
+
+
+def told_to(mark):
+    """Command line and environment of the processes with a mark, by number."""
+    found = {}
+    for process in watchdog.marked(mark):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            found[process.pid] = " ".join([*process.cmdline(), *process.environ().values()])
+    return found
+
+
+def test_the_same_bits_as_in_one_process(running, cfg, in_process):
+    said = []
+    record = deployed_runs.run(running, cfg, "whole", show=said.append)
+    assert same(record.adapter, in_process.adapter)
+    drop = [column for column in CLOCKS if column in record.history]
+    assert record.history.drop(columns=drop).equals(in_process.history.drop(columns=drop))
+    drop = [column for column in CLOCKS if column in record.clients]
+    assert record.clients.drop(columns=drop).equals(in_process.clients.drop(columns=drop))
+    assert [line[:12] for line in said] == ["round 1 of 2", "round 2 of 2"]
+    assert record.provenance["config"]["federation"]["num_rounds"] == 2 and record.provenance["embedded_model"]
+    with pytest.raises(ValueError, match="holds a run with other settings: train.learning_rate_max"):
+        deployed_runs.collect(running, config.load(cfg, "train.learning_rate_max=0.002"), "whole")
+
+
+def test_no_hospital_opens_another_ones_files_and_the_server_none(running):
+    """What its processes opened, what they were told, and what the server stores."""
+    opened = {name: (running.folder / name / "flwr" / "opened.txt").read_text() for name in running.processes}
+    cards = {name: str(running.folder / name / "data") for name in ("hospital-0", "hospital-1")}
+    for name, own in cards.items():
+        assert f"{own}/train.jsonl" in opened[name] and f"{own}/test.jsonl" in opened[name]
+        others = set(cards.values()) - {own}
+        assert not any(other in opened[name] or other in opened[parties.SERVER] for other in others)
+        told = [words for words in told_to(running.mark).values() if f"/{name}/" in words]
+        assert len(told) >= 2, "a SuperNode and its SuperExec"
+        assert not any(other in words for words in told for other in others)
+    assert (running.folder / "hospital-0").stat().st_mode & 0o077 == 0, "nor do other users"
+    lines = (Path(cards["hospital-0"]) / "train.jsonl").read_text().splitlines()
+    questions = [json.loads(line)["question"] for line in lines]
+    stored = b"".join(path.read_bytes() for path in running.folder.glob(f"{parties.SERVER}/state.db*"))
+    assert questions and not any(question.encode() in stored for question in questions)
+    assert b"finished" in stored, "the database was read as what it is"
+
+
+def test_settings_and_runs_that_do_not_fit_are_one_line(running, cfg):
+    with pytest.raises(ValueError, match="federation.num_clients=3: this deployment has 2 hospitals"):
+        deployed_runs.submit(running, config.load(cfg, "federation.num_clients=3"))
+    with pytest.raises(RuntimeError, match="has 0 of 2 rounds: submit the run again"):
+        deployed_runs.collect(running, cfg, "never")
+    with pytest.raises(RuntimeError, match="flwr list: .*Run ID not found") as error:
+        deployed_runs.status(running, 123)
+    assert "\n" not in str(error.value)
+    app = deployed_runs.bundle(running, cfg, "large")
+    (app / "fedllm_helpers" / "weights.py").write_bytes(os.urandom(11_000_000))
+    with pytest.raises(
+        RuntimeError, match="flwr run: FAB size exceeds maximum allowed size of 10,485,760 bytes"
+    ) as error:
+        deployed_runs.submit(running, cfg, "large", app=app)
+    assert "\n" not in str(error.value)
+
+
+def test_two_runs_at_once_end_as_each_alone_would(running, cfg, in_process):
+    """And a third, in the folder of the first, is told so and leaves it whole."""
+    other = config.load(
+        cfg, "train.learning_rate_max=0.002", "federation.num_rounds=1", "federation.fraction_evaluate=0"
+    )
+    first, second = deployed_runs.submit(running, cfg, "first"), deployed_runs.submit(running, other, "second")
+    until(lambda: (deployed_runs.run_folder(running, "first") / ".lock").exists())
+    third = deployed_runs.submit(running, cfg, "first")
+    with pytest.raises(RuntimeError, match="another run is at work in"):
+        deployed_runs.follow(running, third, lambda line: None)
+    for number in (first, second):
+        assert deployed_runs.follow(running, number, lambda line: None)["status"] == "finished:completed"
+    assert same(deployed_runs.collect(running, cfg, "first").adapter, in_process.adapter)
+    alone = simulation.run(other, progress=False)
+    assert same(deployed_runs.collect(running, other, "second").adapter, alone.adapter)
+
+
+def _is_plain(running, name):
+    return name == "plain" and "attempt failed" in log(running, name)  # it tries for ever
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("stranger", "key is not registered"),
+        ("twin", "another node with it is taken for alive"),
+        ("misled", "certificate verify failed"),
+        ("plain", "only TLS is spoken and this is plain text"),
+        ("keyless", "does not point to a file|No such file"),
+    ],
+)
+def test_who_may_not_come_in_stays_outside_and_is_told_why(running, name, words):
+    options, secret = (), running.folder / "hospital-0" / "key"
+    if name == "stranger":
+        secret = certificates.make_node_key(running.folder / name / "key")
+    if name == "misled":
+        foreign = certificates.make_server(running.folder / "elsewhere")
+        options = ("--root-certificates", str(foreign / certificates.AUTHORITY))
+    if name == "plain":
+        options = ("--insecure",)
+    if name == "keyless":
+        options = ("--root-certificates", str(running.folder / "nothing.crt"))
+    before = sorted(node["node-id"] for node in parties.nodes(running))
+    deployment.start_node(running, 0, *options, name=name, secret=secret)
+    try:
+        until(lambda: running.processes[name].poll() is not None or _is_plain(running, name), 60)
+        with pytest.raises(RuntimeError, match=f"{name}: .*({words})") as error:
+            deployment.wait_online(running, ["hospital-0", "hospital-1", name], patience=1)
+        assert "\n" not in str(error.value)
+        assert sorted(node["node-id"] for node in parties.nodes(running)) == before
+    finally:
+        if running.processes[name].poll() is None:
+            deployment.kill(running, name)
+        del running.processes[name]
+
+
+CHEAT = """
+def cheat(message, context, call_next):
+    reply, orders = call_next(message, context), message.content.config_records.get("config", {})
+    if message.metadata.message_type == "train" and context.node_config["partition-id"] == 1:
+        if orders["server-round"] == 1:
+            reply.content["arrays"] = to_record({"lora": np.full((3, 3), np.nan, np.float32)})
+        if orders["server-round"] == 2:
+            time.sleep(75)  # and keeps its node busy: a SuperNode takes one message at a time
+    return reply
+
+
+app = ClientApp(mods=[packing.client_mod, cheat, """
+
+
+def test_garbage_and_a_late_reply_are_left_out_and_said(running, cfg):
+    """Hospital 1 sends garbage in the first round and, in the second, nothing within the timeout."""
+    cfg = config.load(cfg, "federation.fraction_evaluate=0", "federation.timeout=60")
+    app, said = deployed_runs.bundle(running, cfg, "cheated"), []
+    code = (app / "fedllm_helpers" / "client_app.py").read_text()
+    assert "app = ClientApp(mods=[packing.client_mod, " in code
+    (app / "fedllm_helpers" / "client_app.py").write_text(
+        code.replace("app = ClientApp(mods=[packing.client_mod, ", CHEAT)
+    )
+    deployed_runs.follow(running, deployed_runs.submit(running, cfg, "cheated", app=app), said.append)
+    clients = deployed_runs.collect(running, cfg, "cheated").clients
+    assert clients["status"].tolist()[::2] == ["used", "used"], "whoever trained is not lost"
+    assert "keys are missing or unknown" in clients["status"][1] and clients["status"][3] == "no reply"
+    assert any("hospital 1 is left out" in line for line in said)
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux can fill the disk of one process")
+def test_a_server_that_is_killed_and_one_whose_disk_is_full_go_on_to_the_same_bits(running, cfg):
+    cfg = config.load(cfg, "federation.fraction_evaluate=0", "federation.num_rounds=3")
+    folder, lines = deployed_runs.run_folder(running, "hard"), []
+
+    def strike():
+        until((folder / "round-000001.safetensors").exists)
+        deployment.kill(running, parties.SERVER)
+
+    blow = threading.Thread(target=strike, daemon=True)
+    blow.start()
+    with pytest.raises(RuntimeError, match="the server is gone: start_server brings it back"):
+        deployed_runs.follow(running, deployed_runs.submit(running, cfg, "hard"), lines.append)
+    blow.join()
+    deployment.start_server(running)
+    deployment.wait_online(running, ["hospital-0", "hospital-1"])
+
+    number = deployed_runs.submit(running, cfg, "hard")
+    until((folder / "round-000002.safetensors").exists)
+    for pid in (pid for pid, words in told_to(running.mark).items() if "flwr-serverapp" in words):
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # no larger file is taken
+    with pytest.raises(
+        RuntimeError, match="round 3 cannot be kept in .*File too large.* the rounds before are whole: make room"
+    ):
+        deployed_runs.follow(running, number, lines.append)
+    assert not list(folder.glob("*.part")) and checkpoints.latest(folder, cfg).number == 2
+
+    record = deployed_runs.run(running, cfg, "hard", show=lines.append)
+    assert same(record.adapter, simulation.run(cfg, progress=False).adapter)
+    assert [line for line in lines if line.startswith("going on")][-1].startswith("going on after round 2 of 3")
+
+
+def test_a_hospital_that_is_killed_in_training_is_missed_and_comes_back(running, cfg):
+    cfg = config.load(cfg, "federation.fraction_evaluate=0", "federation.num_rounds=2")
+    before = log(running, "hospital-1").count("Receiving: train")
+
+    def strike():
+        until(lambda: log(running, "hospital-1").count("Receiving: train") > before)
+        deployment.kill(running, "hospital-1")
+
+    blow = threading.Thread(target=strike, daemon=True)
+    blow.start()
+    record = deployed_runs.run(running, cfg, "missed", show=lambda line: None)
+    blow.join()
+    rows = record.clients.set_index(["round", "client"])["status"]
+    assert rows[1, 0] == rows[2, 0] == "used" and "Node Unavailable" in rows[1, 1]
+    assert deployment.bring_back(running, 1) < 120
+    again = deployed_runs.run(running, config.load(cfg, "federation.num_rounds=1"), "again", show=lambda line: None)
+    assert again.clients["status"].tolist() == ["used", "used"]
+
+
+def test_nodes_that_disagree_or_have_no_cards_stop_a_run_in_one_line(running, cfg, tmp_path):
+    (running.folder / "hospital-1" / "data").rename(tmp_path / "away")
+    try:
+        small = config.load(cfg, "federation.num_rounds=1", "federation.timeout=60")
+        number, said = deployed_runs.submit(running, small, "incomplete"), []
+        with pytest.raises(RuntimeError, match="the run ended as finished:failed"):
+            deployed_runs.follow(running, number, said.append)
+        assert any("data folder cannot be read" in line for line in said)
+        assert not any(str(tmp_path) in line or "hospital-1/data" in line for line in said), "no path is sent"
+        assert "hospital-1/data" in log(running, "hospital-1"), "but it stands in the node's own log"
+    finally:
+        (tmp_path / "away").rename(running.folder / "hospital-1" / "data")
+    deployment.kill(running, "hospital-1")
+    odd = parties.Deployment(running.folder, 3, running.port, running.mark, running.guard, running.processes)
+    deployment.bring_back(odd, 1)
+    with pytest.raises(RuntimeError, match=r"disagree on how many hospitals there are: num-partitions=\[2, 3\]"):
+        deployed_runs.run(running, cfg, "odd", show=lambda line: None)
+
+
+def test_an_expired_certificate_is_named(cfg, tmp_path):
+    certificates.make_server(tmp_path / parties.SERVER, days=-1)
+    with pytest.raises(ValueError, match="server.crt has expired .* makes a new one") as error:
+        deployment.start(cfg, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_port_in_use_and_another_flower_are_said_at_once(cfg, tmp_path, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind((parties.LOOPBACK, 0))
+        taken.listen()
+        with pytest.raises(ValueError, match=r"port \d+ of this machine is in use"):
+            deployment.start(cfg, tmp_path, port=taken.getsockname()[1])
+    monkeypatch.setattr(flwr, "__version__", "1.43.0")
+    with pytest.raises(ValueError, match=r"Flower 1.43.0: this was tried with 1.41 and 1.42"):
+        deployment.start(cfg, tmp_path)
+
+
+ABANDONED = """
+import signal, sys
+from fedllm_helpers import config, deployment
+from fedllm_helpers.deployment import runs as deployed_runs
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as a kernel does; a shell's background ignores it
+cfg = config.load("cpu", *sys.argv[2:])
+with deployment.start(cfg, sys.argv[1]) as running:
+    print(running.mark, flush=True)
+    deployed_runs.run(running, cfg)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_nothing_is_left_of_a_process_that_died_or_was_interrupted(tmp_path, how):
+    command = [sys.executable, "-c", ABANDONED, str(tmp_path), *SMALL.split()]
+    with open(tmp_path / "said.txt", "w") as said:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
+    mark = process.stdout.readline().strip()
+    assert mark, (tmp_path / "said.txt").read_text()
+    until(lambda: any("flwr-serverapp" in words for words in told_to(mark).values()))
+    process.send_signal(how)
+    process.wait(60)
+    until(lambda: not list(watchdog.marked(mark)), 60)
+    if how == signal.SIGINT:
+        assert (tmp_path / "said.txt").read_text().strip().endswith("KeyboardInterrupt"), (
+            "and no error of stopping twice"
+        )

@@ -1,0 +1,76 @@
+"""The scene of the attacks, audits that are read back, and stored results that agree with their settings."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fedllm_helpers import attacks, config, data
+from fedllm_helpers.federation import client_app
+from fedllm_helpers.study import audits
+from fedllm_helpers.training import guarantees
+
+STORED = Path(__file__).resolve().parents[2] / "notebooks" / "results"
+
+
+@pytest.fixture
+def scene():
+    """The settings of the grid with few cards."""
+    return config.load("cpu", *audits.SETTINGS, "dataset.max_cards_per_specialty=12", "federation.threads=1")
+
+
+def test_a_scene_has_canaries_in_one_hospital_and_as_many_others_as_members(scene, tmp_path):
+    cfg, members, others, planted = audits.stage(scene, tmp_path, copies=(0, 2, 3), each=2)
+    assert len(members) == len(others) == 24 and not set(members["card_id"]) & set(others["card_id"])
+    assert [canary.copies for canary in planted] == [0, 0, 2, 2, 3, 3]
+    lines = [
+        sum(card_id.startswith("canary") for card_id in client_app.own_cards(cfg, hospital)[0]["card_id"])
+        for hospital in range(4)
+    ]
+    assert lines == [10, 0, 0, 0] and client_app.own_cards(cfg, 0)[0]["specialty"][0] == audits.VICTIM
+    assert len(data.load(cfg)[0]) == 24 + 10 and not len(data.load(cfg)[1])
+    assert audits.stage(scene, tmp_path, copies=(0, 2, 3), each=2)[0] == cfg and not list(tmp_path.glob("*.part"))
+
+
+def test_an_audit_is_read_back(scene, tmp_path, monkeypatch):
+    first = audits.audit_arm(scene, "untuned", 0.0, 1, tmp_path)
+    assert len(first.nll) == 48 and len(first.exposure) == 4 and (first.tokens > 3).all() and first.seconds >= 0
+    assert first.exposure.min() >= 0 and first.exposure.max() <= np.log2(1000) and not first.extracted.any()
+
+    def never(*arguments):
+        raise AssertionError("it was made again")
+
+    monkeypatch.setattr(audits, "train_arm", never)
+    assert (audits.audit_arm(scene, "untuned", 0.0, 1, tmp_path).nll == first.nll).all()
+    with pytest.raises(AssertionError, match="made again"):
+        audits.audit_arm(scene, "untuned", 0.0, 2, tmp_path)
+
+
+def test_areas_are_those_of_the_three_scores():
+    rng = np.random.default_rng(0)
+    found, before = rng.uniform(10, 30, 40), rng.uniform(20, 40, 40)
+    found[:20] -= 8
+    nothing, tokens = np.zeros(0), np.full(40, 10)
+    one = audits.Audit(found, tokens, -found, nothing, nothing, 0.0)
+    three = audits.areas(one, audits.Audit(before, tokens, -before, nothing, nothing, 0.0), 20)
+    assert three["loss"].auc == attacks.membership(-found[:20] / 10, -found[20:] / 10).auc
+    assert three["min-k"].auc.value == three["loss"].auc.value > 0.7
+    assert three["ratio"].auc == attacks.membership(-(found / before)[:20], -(found / before)[20:]).auc
+
+
+def test_the_stored_grid_is_whole_and_its_guarantees_follow_from_its_settings():
+    origin = json.loads((STORED / "privacy.json").read_text(encoding="utf-8"))
+    cards, lines = pd.read_csv(STORED / "privacy_cards.csv"), pd.read_csv(STORED / "privacy_canaries.csv")
+    assert origin["embedded_model"] and len(origin["seeds"]) >= 3 and set(origin["arms"]) == set(audits.PRIVACY)
+    assert cards[list(origin["arms"])].notna().all(axis=None) and cards.groupby("seed")["member"].mean().eq(0.5).all()
+    assert lines.groupby(["arm", "seed", "copies"]).size().eq(3).all() and lines["exposure"].between(0, 10).all()
+    for name, bounds in origin["guarantees"].items():
+        cfg = config.load("cpu", *audits.SETTINGS, *origin["arms"][name]["settings"].split())
+        if name.startswith("record"):
+            again = guarantees.per_hospital(cfg, [60 + 3 * sum(audits.COPIES), 60])["epsilon"]
+            assert bounds[:2] == pytest.approx(again.tolist(), rel=0.01)
+            assert max(bounds) <= cfg.federation.privacy.record.epsilon
+        else:
+            assert bounds[0] == pytest.approx(guarantees.client_epsilon(cfg), rel=0.01)

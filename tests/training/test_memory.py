@@ -1,0 +1,68 @@
+"""What is loaded is set aside while a training collects its garbage, and is ordinary again afterwards."""
+
+import gc
+import weakref
+
+import pytest
+import tiny
+
+from fedllm_helpers import config, training
+from fedllm_helpers.training import memory
+
+
+class Knot:
+    """Refers to itself, so that only a collection ends it."""
+
+    def __init__(self):
+        self.own = self
+
+
+@pytest.fixture
+def by_hand():
+    """No collection but those that are asked for."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_garbage_of_the_block_is_collected_and_what_was_there_is_passed_over(by_hand):
+    before = weakref.ref(Knot())
+    with memory.loaded_set_aside():
+        assert gc.get_freeze_count() > 100_000, "the libraries"
+        within = weakref.ref(Knot())
+        memory.release()
+        assert within() is None and before() is not None
+        with memory.loaded_set_aside():
+            pass
+        assert gc.get_freeze_count() > 100_000, "the inner block leaves it to the outer one"
+    assert gc.get_freeze_count() < memory.FEW
+    gc.collect()
+    assert before() is None
+
+
+def test_a_federation_sets_aside_and_takes_up_again():
+    seen = []
+
+    def app(message, context):
+        seen.append(gc.get_freeze_count())
+        return tiny.client()(message, context)
+
+    tiny.federate(tiny.settings(rounds=1), app)
+    assert len(seen) >= 4 and min(seen) > 100_000 and gc.get_freeze_count() < memory.FEW
+
+
+def test_a_program_that_froze_its_objects_finds_them_frozen():
+    gc.freeze()
+    try:
+        with memory.loaded_set_aside():
+            pass
+        assert gc.get_freeze_count() > 100_000
+    finally:
+        gc.unfreeze()
+
+
+def test_a_training_that_fails_leaves_nothing_set_aside(fresh, cards, cfg):
+    model, tokenizer = fresh
+    with pytest.raises(ValueError, match="leaves 108 of them no token"):
+        training.fine_tune(model, tokenizer, cards[0], config.load(cfg, "train.seq_length=2"), progress=False)
+    assert gc.get_freeze_count() < memory.FEW
