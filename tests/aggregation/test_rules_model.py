@@ -26,6 +26,8 @@ SMALL = (
     "federation.evaluate_every=5"  # before the first round and after the last
 )
 
+EXACT = ("FedIT", "FedEx-LoRA")  # an adapter, and one with edits: opened again, in float32
+
 
 def small(rule, *more):
     return config.load("cpu", *SMALL.split(), f"federation.aggregation={rule}", *more)
@@ -33,7 +35,7 @@ def small(rule, *more):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_learns_and_leaves_the_base_model_alone(rule, tmp_path):
-    cfg = small(rule)
+    cfg = small(rule, *([] if rule in EXACT else ["model.dtype=auto"]))
     model, tokenizer = base_model(cfg)
     before = {name: value.clone() for name, value in model.state_dict().items() if "base_layer" in name}
     record = simulation.run(cfg, folder=tmp_path, progress=False)
@@ -57,7 +59,8 @@ def test_every_rule_learns_and_leaves_the_base_model_alone(rule, tmp_path):
     else:
         assert history["nll"].iloc[-1] < history["nll"].iloc[0] - 0.02
         assert history["nll"].iloc[-1] == pytest.approx(history["client_nll"].iloc[-1], abs=0.5)
-        _opens_in_plain_peft(cfg, record, tmp_path / "adapter", tokenizer)
+        if rule in EXACT:
+            _opens_in_plain_peft(cfg, record, tmp_path / "adapter", tokenizer)
 
 
 def _opens_in_plain_peft(cfg, record, folder, tokenizer):
