@@ -7,9 +7,10 @@ from omegaconf import OmegaConf
 
 from fedllm_helpers.adapters import factors
 from fedllm_helpers.adapters.records import to_record
+from fedllm_helpers.adapters.updates import START
 from fedllm_helpers.aggregation import edits, rules
 from fedllm_helpers.config.runs import settings
-from fedllm_helpers.federation import server_app, simulation
+from fedllm_helpers.federation import in_process, server_app
 
 RANK, SHAPES = 4, {"m.q": (11, 7), "m.v": (5, 9)}
 LORA = ["model.lora.peft_lora_r=4", "model.lora.peft_lora_alpha=12"]
@@ -53,8 +54,10 @@ def client(faults=None, seen=None):
         trained = factors.padded(factors.cut(step(adapter, hospital, number, rules.trained(cfg, number)), size), RANK)
         rules.keep(cfg, trained, context)
         numbers |= {"examples": 8, "tokens": 80, "seconds": 0.0, "loss-before": 3.0, "loss-after": 2.0}
-        arrays = to_record(rules.up(cfg, trained, number, hospital))
-        return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord(numbers)}), reply_to=message)
+        records = {"arrays": to_record(rules.up(cfg, trained, number, hospital)), "metrics": MetricRecord(numbers)}
+        if START in message.content:
+            records[START] = to_record(rules.up(cfg, adapter, number, hospital))
+        return Message(RecordDict(records), reply_to=message)
 
     return app
 
@@ -63,7 +66,7 @@ def plan(rule, *more, hospitals=3, rounds=3):
     return tiny.settings(*LORA, f"federation.aggregation={rule}", *more, hospitals=hospitals, rounds=rounds)
 
 
-def federate(cfg, app=None, grid=simulation.InProcessGrid, **options):
+def federate(cfg, app=None, grid=in_process.InProcessGrid, **options):
     """(adapter, tables, edits of the base model)."""
     base = edits.Base()
     with grid(app or client(), cfg.federation.num_clients, {"config": OmegaConf.to_yaml(cfg)}) as nodes:

@@ -5,7 +5,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
 from fedllm_helpers import config
 from fedllm_helpers.adapters import packing
-from fedllm_helpers.federation import server_app, simulation
+from fedllm_helpers.federation import in_process, server_app
 from fedllm_helpers.privacy import masked_clients
 
 START = {"b.A": np.zeros((2, 5), np.float32), "a.B": np.ones((3, 2), np.float32)}  # not in the alphabet's order
@@ -64,13 +64,13 @@ def settings(*overrides, hospitals=4, rounds=3):
     return config.load("cpu", f"federation.num_clients={hospitals}", f"federation.num_rounds={rounds}", *overrides)
 
 
-def federate(cfg, app=None, grid=simulation.InProcessGrid, **options):
+def federate(cfg, app=None, grid=in_process.InProcessGrid, **options):
     """(adapter, tables) of a tiny federation."""
     with grid(app or client(), cfg.federation.num_clients, {}) as nodes:
         return server_app.federate(nodes, cfg, {key: value.copy() for key, value in START.items()}, **options)
 
 
-class Shuffled(simulation.InProcessGrid):
+class Shuffled(in_process.InProcessGrid):
     """Like Flower's own grids: node numbers at random, messages gone through twice, replies as a list in any order."""
 
     lazy = False

@@ -82,12 +82,6 @@ def whole(cfg: DictConfig, received: Adapter, number: int, hospital: int = 0, ow
     return factors.padded(received, cfg.model.lora.peft_lora_r) if cfg.federation.ranks else received
 
 
-def start(cfg: DictConfig, message: Message, context: Context) -> Adapter:
-    """From what a hospital's update is measured: what :func:`up` sends, before training."""
-    number, hospital = int(message.content["config"]["server-round"]), int(context.node_config["partition-id"])
-    return up(cfg, whole(cfg, from_record(message.content["arrays"]), number, hospital), number, hospital)
-
-
 def received(cfg: DictConfig, message: Message, context: Context) -> Adapter:
     """The adapter that a hospital has on getting a message, with what it kept for itself."""
     number, hospital = int(message.content["config"]["server-round"]), int(context.node_config["partition-id"])

@@ -1,169 +1,123 @@
-"""Fewer bytes per message: number formats, largest values only, and error feedback, as a Flower client mod.
+"""Compression with error feedback, for any Flower app: a strategy that wraps a strategy, and a client mod.
 
-What goes up is the update, the trained adapter minus the one received; what goes down is the adapter. Both become a
-few flat arrays, because each array of an adapter costs about 230 bytes of its own in a Flower message.
+What goes up is the update, the trained adapter minus the one received; what goes down is the adapter. The server orders
+in each message what is to be done; the mod knows nothing else. Taught in notebook 07.
 """
 
+import json
+import logging
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-from flwr.app import ArrayRecord, Context, Message
-from omegaconf import DictConfig
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
 
 from fedllm_helpers.adapters.records import Adapter, from_record, to_record
-from fedllm_helpers.adapters.screening import Shapes
-from fedllm_helpers.aggregation import rules
-from fedllm_helpers.communication.estimates import BITS
-from fedllm_helpers.config.runs import settings
-from fedllm_helpers.models.process import first_adapter
+from fedllm_helpers.adapters.screening import Expected, looked_at, read_adapter
+from fedllm_helpers.adapters.updates import START, update_of
+from fedllm_helpers.adapters.wrapping import Wrapper
+from fedllm_helpers.communication.codec import BITS, decode, encode, layout
 
-KINDS = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8, "int4": np.uint8}  # of ``values``
+logger = logging.getLogger(__name__)
+ORDERS = "compression"  # the record of a message that says what the mod is to do
 RESIDUAL = "residual"  # what a client has not sent yet, in its own ``context.state``
 
 
-def encode(adapter: Adapter, number_format: str = "fp32", keep: float = 1.0) -> Adapter:
-    """An adapter, or the difference of two, in fewer bytes. Taught in notebook 07.
+@dataclass(frozen=True)
+class Formats:
+    """Number formats of both ways, the share of values that goes up, and whether what an update lost is sent later.
 
-    int8 and int4 are symmetric and rounded to the nearest, with one scale per row, rows taken along the longer side of
-    each array: a row per rank direction of A and of Bᵀ. Scales are float16 in units of the largest.
-
-    Args:
-        adapter: float arrays of any shapes.
-        number_format: of the values, one of :data:`BITS`.
-        keep: share of the values that is sent, the largest by magnitude over all arrays (top-k; Aji & Heafield 2017,
-            arXiv:1704.05021); where they are goes along as a compressed mask of one bit per value.
-
-    Returns:
-        Flat arrays: ``values`` (for int4 two to a byte), for int8 and int4 ``scales`` and ``unit``, with top-k
-        ``mask``. An adapter without values gives an empty ``values``.
+    ``up`` is None where the replies have a format of their own, as under masks.
 
     Raises:
-        ValueError: a value is not finite, or too large for float16.
+        ValueError: a format or a share that there is not.
     """
-    flat = _flat(adapter)
-    if not np.isfinite(flat).all():
-        raise ValueError("an adapter that is not finite cannot be compressed")
-    if number_format == "fp16" and np.abs(flat).max(initial=0) > np.finfo(np.float16).max:
-        raise ValueError(f"a value of {np.abs(flat).max():.3g} is too large for fp16: use int8 or fp32")
-    chosen, encoded = _largest(flat, keep), {}
-    if keep < 1:
-        encoded["mask"] = np.frombuffer(zlib.compress(np.packbits(chosen).tobytes(), 9), np.uint8)
-    if BITS[number_format] > 8:
-        return encoded | {"values": flat[chosen].astype(np.float16 if number_format == "fp16" else np.float32)}
-    levels, rows = 2 ** (BITS[number_format] - 1) - 1, _row_of(adapter)
-    highest = np.zeros(rows.max(initial=-1) + 1)
-    np.maximum.at(highest, rows, np.abs(np.where(chosen, flat, 0)).astype(np.float64))
-    unit = np.float32(highest.max(initial=0) / levels)
-    scales = (highest / levels / (unit or 1)).astype(np.float16)
-    steps = (scales.astype(np.float64) * unit)[rows[chosen]]
-    whole = np.divide(flat[chosen], steps, out=np.zeros(len(steps)), where=steps > 0)
-    codes = np.clip(np.rint(whole), -levels, levels).astype(np.int8)
-    return encoded | {"values": _pack(codes) if levels < 8 else codes, "scales": scales, "unit": np.array([unit])}
+
+    up: str | None = "fp32"
+    down: str = "fp32"
+    keep: float = 1.0
+    error_feedback: bool = True
+
+    def __post_init__(self) -> None:
+        for way, given in (("up", self.up), ("down", self.down)):
+            if given not in BITS and not (way == "up" and given is None):
+                raise ValueError(f"{way}={given!r}: allowed are {', '.join(BITS)}")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep={self.keep!r}: allowed are shares above 0, to 1")
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is compressed."""
+        return self.up not in ("fp32", None) or self.down != "fp32" or self.keep < 1
+
+    @property
+    def packs(self) -> bool:
+        """Whether hospitals send updates, encoded, in place of adapters.
+
+        They do wherever anything is compressed: from an adapter that came down rounded, an adapter that goes up would
+        carry the rounding back.
+        """
+        return self.active and self.up is not None
+
+    @property
+    def remembers(self) -> bool:
+        """Whether clients keep something from one round to the next."""
+        return self.packs and self.error_feedback and (self.up != "fp32" or self.keep < 1)
 
 
-def decode(encoded: Adapter, like: Adapter, number_format: str = "fp32", keep: float = 1.0) -> Adapter:
-    """The inverse of :func:`encode`, up to its rounding and what it left out.
-
-    Args:
-        encoded: from :func:`encode` with the same two settings.
-        like: arrays of the keys and shapes to be had; their values do not matter.
-
-    Returns:
-        float32 arrays in the order of ``like``.
-
-    Raises:
-        ValueError: the arrays are not those of such an encoding.
-    """
-    rows, kinds = _row_of(like), _kinds(number_format, keep)
-    if encoded.keys() != kinds.keys():
-        raise ValueError(f"expected the arrays {', '.join(sorted(kinds))}, there are {', '.join(sorted(encoded))}")
-    odd = next((name for name in kinds if encoded[name].ndim != 1 or encoded[name].dtype != kinds[name]), None)
-    if odd:  # other shapes would multiply to anything
-        raise ValueError(
-            f"{odd!r} is {encoded[odd].dtype} of shape {encoded[odd].shape}, not flat {kinds[odd].__name__}"
-        )
-    chosen = np.ones(len(rows), dtype=bool) if keep >= 1 else _unmask(encoded["mask"], len(rows))
-    values, count = encoded["values"], int(chosen.sum())
-    if number_format == "int4":
-        values = _unpack(values)[:count] if len(values) == -(-count // 2) else values
-    if len(values) != count:
-        raise ValueError(f"{encoded['values'].nbytes} bytes of values for {count} places of {number_format}")
-    if "scales" in kinds:
-        scales, unit = encoded["scales"], encoded["unit"]
-        if len(scales) != rows.max(initial=-1) + 1 or len(unit) != 1:
-            raise ValueError(f"{len(scales)} scales for {rows.max(initial=-1) + 1} rows")
-        values = values * (scales.astype(np.float64) * unit[0])[rows[chosen]]
-    flat = np.zeros(len(rows), dtype=np.float32)
-    flat[chosen] = values
-    return _shaped(flat, like)
+def outgoing(how: Formats, adapter: Adapter) -> dict[str, ArrayRecord | ConfigRecord]:
+    """The records of a request: ``arrays`` as they go down, and the orders to the mod."""
+    if not how.active:
+        return {"arrays": to_record(adapter)}
+    orders = {name: value for name, value in asdict(how).items() if value is not None}
+    if how.down == "fp32":
+        return {"arrays": to_record(adapter), ORDERS: ConfigRecord(orders)}
+    shapes = json.dumps({key: value.shape for key, value in adapter.items()})
+    orders["shapes"] = zlib.compress(shapes.encode(), 9)
+    return {"arrays": to_record(encode(adapter, how.down)), ORDERS: ConfigRecord(orders)}
 
 
-def request_arrays(cfg: DictConfig, adapter: Adapter) -> ArrayRecord:
-    """The adapter as the server sends it out: the arrays of :func:`encode` in ``federation.compression.down``."""
-    how = cfg.federation.compression.down
-    return to_record(adapter if how == "fp32" else encode(adapter, how))
-
-
-def packs(cfg: DictConfig) -> bool:
-    """Whether hospitals send updates, encoded, in place of adapters.
-
-    They do wherever anything is compressed: from an adapter that came down rounded, an adapter that goes up would carry
-    the rounding back. Masked updates have a format of their own.
-    """
-    how = cfg.federation.compression
-    few = how.up != "fp32" or how.down != "fp32" or how.keep < 1
-    return few and cfg.federation.secure_aggregation.threshold is None
-
-
-def layout(cfg: DictConfig) -> Shapes:
-    """The arrays of an encoded update, by name; :func:`decode` knows how long each has to be."""
-    kinds = _kinds(cfg.federation.compression.up, cfg.federation.compression.keep)
-    return {name: (np.dtype(kind), (None,)) for name, kind in kinds.items()}
-
-
-def restored(cfg: DictConfig, encoded: Adapter, adapter: Adapter) -> Adapter:
+def restored(how: Formats, encoded: Adapter, adapter: Adapter) -> Adapter:
     """The adapter that an encoded update leads to, from the server's own, which ``down`` did not round.
 
     Raises:
         ValueError: the update cannot be decoded.
     """
-    update = decode(encoded, adapter, cfg.federation.compression.up, cfg.federation.compression.keep)
+    update = decode(encoded, adapter, how.up, how.keep)
     return {key: value + update[key] for key, value in adapter.items()}
 
 
-def remembers(cfg: DictConfig) -> bool:
-    """Whether clients keep something from one round to the next."""
-    how = cfg.federation.compression
-    return how.error_feedback and (how.up != "fp32" or how.keep < 1)
-
-
-def client_mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-    """Flower client mod: decodes what comes down, encodes the update that goes up, as ``federation.compression`` says.
+def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+    """Flower client mod: decodes what comes down and encodes the update that goes up, as the message orders.
 
     With ``error_feedback`` what an update lost is kept in the client's state and added to its next one (Seide et al.
     2014; Stich et al. 2018, arXiv:1809.07599), so that it is late and not lost. What the server leaves out, because
     the reply was faulty or too late, is lost, as without compression; and so is what is left after the last round.
+
+    Raises:
+        ValueError: orders that this version does not know.
     """
-    cfg = settings(context)
-    how = cfg.federation.compression
-    if "arrays" not in message.content.array_records:
+    if ORDERS not in message.content.config_records:
         return call_next(message, context)
+    how, shapes = _read(message.content[ORDERS])
+    del message.content[ORDERS]
     if how.down != "fp32":
-        like = rules.down(cfg, first_adapter(cfg), int(context.node_config["partition-id"]))
+        like = {key: np.empty(shape, np.float32) for key, shape in shapes.items()}
         message.content["arrays"] = to_record(decode(from_record(message.content["arrays"]), like, how.down))
-    if message.metadata.message_type != "train" or not packs(cfg):
+    if message.metadata.message_type != "train" or not how.packs:
         return call_next(message, context)
-    start = rules.start(cfg, message, context)
+    received, message.content[START] = from_record(message.content["arrays"]), ConfigRecord()
     reply = call_next(message, context)
     if reply.has_error() or "arrays" not in reply.content.array_records:
         return reply
-    trained, late = from_record(reply.content["arrays"]), context.state.array_records.get(RESIDUAL) or {}
-    update = {key: trained[key] - start[key] for key in start}
-    if remembers(cfg):
+    update, late = update_of(reply, received), context.state.array_records.get(RESIDUAL) or {}
+    if how.remembers:
         update = {key: value + late[key].numpy() if key in late else value for key, value in update.items()}
     encoded = encode(update, how.up, how.keep)
-    if remembers(cfg):
+    if how.remembers:
         sent = decode(encoded, update, how.up, how.keep)
         left = to_record({key: value - sent[key] for key, value in update.items()})
         context.state[RESIDUAL] = ArrayRecord({**late, **left})  # of factors that rest in this round, too
@@ -171,67 +125,97 @@ def client_mod(message: Message, context: Context, call_next: Callable[[Message,
     return reply
 
 
-def _kinds(number_format: str, keep: float) -> dict[str, type]:
-    few = {"scales": np.float16, "unit": np.float32} if BITS[number_format] < 16 else {}
-    return {"values": KINDS[number_format], **few, **({"mask": np.uint8} if keep < 1 else {})}
+def _read(orders: ConfigRecord) -> tuple[Formats, dict[str, list[int]]]:
+    given = {name: value for name, value in orders.items() if name != "shapes"}
+    if unknown := sorted(set(given) - {"up", "down", "keep", "error_feedback"}):
+        raise ValueError(f"compression: the server orders {unknown[0]!r}, which this client's mod does not know")
+    shapes = json.loads(zlib.decompress(orders["shapes"])) if "shapes" in orders else {}
+    return Formats(**{"up": None, **given}), shapes
 
 
-def _flat(adapter: Adapter) -> np.ndarray:
-    """All values in a row, each array turned so that its longer side runs fastest; in the order of the keys."""
-    parts = [_lengthwise(adapter[key]).ravel() for key in sorted(adapter)]
-    return np.concatenate(parts).astype(np.float32) if parts else np.zeros(0, np.float32)
+class Compressed(Wrapper):
+    """A strategy whose adapters go down in few bits, and whose updates come up in few bits, by :func:`mod`.
 
+    Args:
+        strategy: any that sends and averages ``arrays``.
+        up, down, keep, error_feedback: as in :class:`Formats`.
 
-def _lengthwise(array: np.ndarray) -> np.ndarray:
-    """As a matrix whose rows are at least as long as they are many."""
-    matrix = array.reshape(-1, array.shape[-1]) if array.ndim > 1 else array.reshape(1, -1)
-    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    Raises:
+        ValueError: a format or a share that there is not.
+    """
 
+    def __init__(
+        self,
+        strategy: Strategy,
+        *,
+        up: str | None = "fp32",
+        down: str = "fp32",
+        keep: float = 1.0,
+        error_feedback: bool = True,
+    ) -> None:
+        super().__init__(strategy)
+        self.how = Formats(up, down, keep, error_feedback)
 
-def _shaped(flat: np.ndarray, like: Adapter) -> Adapter:
-    parts, first = {}, 0
-    for key in sorted(like):
-        shape, matrix = like[key].shape, _lengthwise(like[key])
-        part = flat[first : first + matrix.size].reshape(matrix.shape)
-        turned = like[key].ndim > 1 and matrix.shape != (matrix.size // shape[-1], shape[-1])
-        parts[key] = np.ascontiguousarray(part.T if turned else part).reshape(shape)
-        first += matrix.size
-    return {key: parts[key] for key in like}
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The wrapped strategy's messages, their arrays encoded, with orders to the mod."""
+        return self._encoded(super().configure_train(server_round, arrays, config, grid), self.how)
 
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As :meth:`configure_train`; what comes back has no arrays."""
+        messages = super().configure_evaluate(server_round, arrays, config, grid)
+        return self._encoded(messages, replace(self.how, up=None))
 
-def _row_of(adapter: Adapter) -> np.ndarray:
-    """The number of the row that each value of :func:`_flat` is in."""
-    shapes = [_lengthwise(adapter[key]).shape for key in sorted(adapter)]
-    lengths = [width for height, width in shapes for _ in range(height)]
-    return np.repeat(np.arange(len(lengths)), lengths)
+    def _encoded(self, messages: Iterable[Message], how: Formats) -> list[Message]:
+        made: dict[int, dict[str, ArrayRecord | ConfigRecord]] = {}  # most messages share their arrays
+        messages = list(messages)
+        for message in messages:
+            record = message.content["arrays"]
+            if id(record) not in made:
+                made[id(record)] = outgoing(how, from_record(record))
+            message.content = RecordDict({**message.content, **made[id(record)]})
+        return messages
 
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Give the wrapped strategy the replies with adapters in place of updates; a faulty one is left out.
 
-def _largest(flat: np.ndarray, keep: float) -> np.ndarray:
-    chosen = np.ones(len(flat), dtype=bool)
-    if keep < 1 and len(flat):
-        count = max(1, round(keep * len(flat)))
-        chosen[np.argpartition(np.abs(flat), len(flat) - count)[: len(flat) - count]] = False
-    return chosen
+        Raises:
+            ValueError: the clients' apps lack :func:`mod`: no reply is compressed.
+        """
+        if not self.how.packs:
+            return super().aggregate_train(server_round, replies)
+        usable, plain, faulty = [], None, 0
+        for reply in replies:
+            node, why = reply.metadata.src_node_id, ""
+            if not reply.has_error():
+                plain = (
+                    node if set(reply.content.get("arrays", ())) - set(layout(self.how.up, self.how.keep)) else plain
+                )
+                why = self._decode(reply)
+            if why:
+                faulty += 1
+                logger.warning("round %d: node %d is left out: %s", server_round, node, why)
+            else:
+                usable.append(reply)
+        if plain is not None and not any(reply.has_content() for reply in usable):
+            raise ValueError(f"node {plain} sends no compressed update: ClientApp(mods=[…]) needs compression.mod")
+        return super().aggregate_train(server_round, usable)
 
+    def _decode(self, reply: Message) -> str:
+        """Put the adapter in place of its update; or say in one line why that cannot be."""
 
-def _unmask(mask: np.ndarray, size: int) -> np.ndarray:
-    enough = size // 8 + 2  # whatever it claims to hold
-    try:
-        whole = zlib.decompressobj().decompress(mask.tobytes(), enough)
-    except zlib.error as error:
-        raise ValueError(str(error)) from None
-    bits = np.unpackbits(np.frombuffer(whole, np.uint8))
-    if len(bits) != -(-size // 8) * 8 or bits[size:].any():
-        raise ValueError(f"a mask of {len(bits)} bits for {size} places")
-    return bits[:size].astype(bool)
+        def read(content: RecordDict) -> Adapter:
+            """The adapter to which the update leads."""
+            like = self.expected(reply.metadata.src_node_id)
+            how = Expected({}, (), layout(self.how.up, self.how.keep), lambda sent: restored(self.how, sent, like))
+            return read_adapter(content, how)
 
-
-def _pack(codes: np.ndarray) -> np.ndarray:
-    """Two numbers from −7 to 7 in a byte; a lone last one has a zero beside it."""
-    nibbles = (np.append(codes, 0) if len(codes) % 2 else codes).astype(np.uint8) & 15
-    return nibbles[::2] | nibbles[1::2] << 4
-
-
-def _unpack(packed: np.ndarray) -> np.ndarray:
-    nibbles = np.stack([packed & 15, packed >> 4], axis=1).ravel().astype(np.int8)
-    return np.where(nibbles > 7, nibbles - 16, nibbles)
+        arrays, why = looked_at(reply, read)
+        if not why:
+            reply.content["arrays"] = to_record(arrays)
+        return why

@@ -11,12 +11,12 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from fedllm_helpers import limits
+from fedllm_helpers.communication.codec import BITS
 
 if TYPE_CHECKING:  # counting alone needs them: whoever sends does not wait for them
     import torch
     from transformers import PreTrainedConfig
 
-BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
 SCALE_BYTES, UNIT_BYTES = 2, 4  # int8 and int4: a float16 for each row of an array, one float32 for all of them
 
 

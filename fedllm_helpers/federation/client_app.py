@@ -14,8 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from fedllm_helpers import data, models, training
 from fedllm_helpers.adapters import packing
 from fedllm_helpers.adapters.records import to_record
+from fedllm_helpers.adapters.updates import START
 from fedllm_helpers.aggregation import edits, rules
-from fedllm_helpers.communication.compression import client_mod
+from fedllm_helpers.communication import compression
 from fedllm_helpers.config.runs import settings
 from fedllm_helpers.data import partitions
 from fedllm_helpers.evaluation.scoring import score_answers
@@ -27,7 +28,7 @@ from fedllm_helpers.training import guarantees
 
 logger = logging.getLogger(__name__)
 TIMES = 8  # a card stands in a batch at most: a hospital with few cards takes part with the batch of the others
-app = ClientApp(mods=[packing.client_mod, client_mod, masked_clients.client_mod])
+app = ClientApp(mods=[packing.client_mod, compression.mod, masked_clients.client_mod])
 app.query("shares")(masked_clients.shares)
 app.query("reveal")(masked_clients.reveal)
 
@@ -67,7 +68,8 @@ def train(message: Message, context: Context) -> Message:
     trainer = _private_trainer(cfg, plan, number, hospital) if plan else None
     losses = [] if noise.silent(cfg) else [_first_batch(cards, local)]
     model, tokenizer = base_model(cfg)
-    models.set_adapter(model, rules.received(cfg, message, context))
+    received = rules.received(cfg, message, context)
+    models.set_adapter(model, received)
     with cpu_threads(cfg), editing.edited(model, edits.held(message, context)):
         before = [_loss(cfg, probe) for probe in losses]
         options = {"learning_rate": float(orders["lr"]), "proximal_mu": mu, "trainer": trainer}
@@ -80,8 +82,10 @@ def train(message: Message, context: Context) -> Message:
     if losses:
         metrics |= {"tokens": record.tokens, "loss-before": before[0], "loss-after": after[0]}
         metrics |= {"train-seconds": record.seconds, "seconds": time.perf_counter() - start}
-    sent = to_record(rules.up(cfg, adapter, number, hospital))
-    return Message(RecordDict({"arrays": sent, "metrics": MetricRecord(metrics)}), reply_to=message)
+    records = {"arrays": to_record(rules.up(cfg, adapter, number, hospital)), "metrics": MetricRecord(metrics)}
+    if START in message.content:  # a mod asks from where the update is measured
+        records[START] = to_record(rules.up(cfg, received, number, hospital))
+    return Message(RecordDict(records), reply_to=message)
 
 
 def _private_trainer(cfg: DictConfig, plan: accounting.RecordPrivacy, number: int, hospital: int) -> partial:

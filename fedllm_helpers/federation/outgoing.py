@@ -1,6 +1,6 @@
 """Requests of a round: what the strategy adds, and what the rule sends to each hospital."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -10,7 +10,8 @@ from omegaconf import DictConfig
 from fedllm_helpers.adapters.records import Adapter, message_bytes, to_record
 from fedllm_helpers.aggregation import rules
 from fedllm_helpers.aggregation.edits import Base
-from fedllm_helpers.communication.compression import request_arrays
+from fedllm_helpers.communication import compression
+from fedllm_helpers.communication.compression import Formats
 from fedllm_helpers.training.fine_tuning import Round
 
 
@@ -28,14 +29,15 @@ class Outgoing:
     request: Message | None = None
     more: dict[str, ConfigRecord] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)
-    made: dict[int, ArrayRecord] = field(default_factory=dict)  # by rank
+    made: dict[tuple, dict[str, ArrayRecord | ConfigRecord]] = field(default_factory=dict)  # by rank and kind
 
     def message(self, hospital: int, kind: str) -> Message:
         """The request for a hospital."""
-        size = rules.rank_of(self.cfg, hospital)
+        size, how = (rules.rank_of(self.cfg, hospital), kind), formats(self.cfg)
         if size not in self.made:
-            self.made[size] = request_arrays(self.cfg, rules.down(self.cfg, self.adapter, hospital))
-        content = RecordDict({**self.request.content, "arrays": self.made[size], **self.more})
+            how = how if kind == "train" else replace(how, up=None)
+            self.made[size] = compression.outgoing(how, rules.down(self.cfg, self.adapter, hospital))
+        content = RecordDict({**self.request.content, **self.made[size], **self.more})
         self.base.attach(content, self.nodes[hospital])
         message = Message(content, self.nodes[hospital], kind)
         self.sizes[hospital] = message_bytes(message)
@@ -49,3 +51,9 @@ def training_orders(cfg: DictConfig, strategy: Strategy, step: Round, adapter: A
         step.number, to_record(rules.up(cfg, adapter, step.number)), ConfigRecord({"lr": step.learning_rate}), view
     )
     return request
+
+
+def formats(cfg: DictConfig) -> Formats:
+    """How adapters are compressed on their ways; masked updates have a format of their own."""
+    how, masked = cfg.federation.compression, cfg.federation.secure_aggregation.threshold
+    return Formats(None if masked else how.up, how.down, how.keep, how.error_feedback)

@@ -16,10 +16,11 @@ from fedllm_helpers.adapters.records import Adapter, message_bytes
 from fedllm_helpers.adapters.screening import LIMITS, Expected, Reply, screen, shapes_of
 from fedllm_helpers.aggregation import rules, strategies
 from fedllm_helpers.aggregation.edits import Base
-from fedllm_helpers.communication import compression
+from fedllm_helpers.communication.codec import layout
+from fedllm_helpers.communication.compression import restored
 from fedllm_helpers.config.schema import BY_PRODUCT
 from fedllm_helpers.federation.nodes import send
-from fedllm_helpers.federation.outgoing import Outgoing, training_orders
+from fedllm_helpers.federation.outgoing import Outgoing, formats, training_orders
 from fedllm_helpers.federation.tables import NUMBERS, Tables, summary
 from fedllm_helpers.privacy import noise
 from fedllm_helpers.privacy.masked_clients import MASKED, SENT
@@ -171,10 +172,10 @@ def _expected(cfg: DictConfig, like: Adapter) -> Expected:
     """A reply to a training message: arrays like these, or an update that leads to them; and numbers."""
     numbers = {name: LIMITS.get(name, (1, cfg.federation.max_cards)) for name in NUMBERS}
     required = ("num-examples",) if noise.silent(cfg) else ("num-examples", "loss-before")
-    if not compression.packs(cfg):
+    how = formats(cfg)
+    if not how.packs:
         return Expected(numbers, required, shapes_of(like))
-    layout = compression.layout(cfg)
-    return Expected(numbers, required, layout, lambda encoded: compression.restored(cfg, encoded, like))
+    return Expected(numbers, required, layout(how.up, how.keep), lambda encoded: restored(how, encoded, like))
 
 
 def _answers(turn: _Turn, kind: str) -> Iterable[tuple[int, Message]]:

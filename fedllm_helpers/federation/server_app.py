@@ -16,11 +16,11 @@ from fedllm_helpers import data, folders, models, training
 from fedllm_helpers.adapters.records import Adapter, to_record
 from fedllm_helpers.aggregation import rules, strategies
 from fedllm_helpers.aggregation.edits import Base
-from fedllm_helpers.communication import compression
 from fedllm_helpers.config.runs import settings
 from fedllm_helpers.evaluation.scoring import score_answers
 from fedllm_helpers.federation import checkpoints, run_folders
 from fedllm_helpers.federation.nodes import Answers, hospitals, join
+from fedllm_helpers.federation.outgoing import formats
 from fedllm_helpers.federation.process import cpu_threads, quiet_flower
 from fedllm_helpers.federation.provenance import fingerprint, provenance
 from fedllm_helpers.federation.rounds import Federation, run_round
@@ -163,7 +163,7 @@ def _restore(
 ) -> tuple[Adapter, Tables, int]:
     if before.states and hasattr(grid, "remember"):
         grid.remember(before.states)
-    elif before.states or compression.remembers(cfg) or cfg.federation.aggregation == "FedSA-LoRA":
+    elif before.states or formats(cfg).remembers or cfg.federation.aggregation == "FedSA-LoRA":
         logger.warning("what hospitals keep (error feedback, FedSA-LoRA's B) is not in the checkpoint: it may be lost")
     if noise.silent(cfg):
         logger.warning("a round that was cut off is sent again: its privacy is paid for twice, and counted once")

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from fedllm_helpers.adapters.records import Adapter, from_record
-from fedllm_helpers.aggregation import rules
-from fedllm_helpers.config.runs import settings
+from fedllm_helpers.adapters.updates import START, update_of
 from fedllm_helpers.privacy import secure_aggregation as secure
 from fedllm_helpers.privacy.noise import clip
 
@@ -25,10 +24,10 @@ def client_mod(message: Message, context: Context, call_next: Callable[[Message,
     if kind != "train" or given is None:
         return call_next(message, context)
     del message.content[SENT]
-    start = rules.start(settings(context), message, context)
+    received, message.content[START] = from_record(message.content["arrays"]), ConfigRecord()
     reply = call_next(message, context)
     if not reply.has_error():
-        reply.content["arrays"] = _masked(from_record(reply.content["arrays"]), start, given, context)
+        reply.content["arrays"] = _masked(update_of(reply, received), given, context)
     return reply
 
 
@@ -79,9 +78,8 @@ def _secrets(given: ConfigRecord, context: Context) -> tuple[int, secure.Secrets
     return kept["hospital"], own, _public(given)
 
 
-def _masked(trained: Adapter, start: Adapter, given: ConfigRecord, context: Context) -> ArrayRecord:
+def _masked(update: Adapter, given: ConfigRecord, context: Context) -> ArrayRecord:
     me, own, public = _secrets(given, context)
-    update = {key: trained[key] - start[key] for key in start}
     if given["clipping-norm"]:
         update = clip(update, given["clipping-norm"])
     code = secure.fixed_point(given["weights"], given["value-range"])

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from fedllm_helpers import attacks, config, folders, models
 from fedllm_helpers.adapters.records import Adapter, from_record, to_record
 from fedllm_helpers.adapters.screening import complaint
-from fedllm_helpers.federation import client_app, simulation
+from fedllm_helpers.federation import client_app, in_process
 from fedllm_helpers.federation.provenance import fingerprint, provenance
 from fedllm_helpers.models.process import base_model, first_adapter
 from fedllm_helpers.privacy import secure_aggregation as secure
@@ -37,8 +37,8 @@ def first_update(cfg: DictConfig, hospital: int, rate: float) -> Adapter:
     """
     start, given = first_adapter(cfg), {"config": OmegaConf.to_yaml(cfg)}
     orders = {"arrays": to_record(start), "config": ConfigRecord({"server-round": 1, "lr": rate})}
-    with simulation.InProcessGrid(client_app.app, cfg.federation.num_clients, given) as grid:
-        request = Message(RecordDict(orders), simulation.FIRST_CLIENT_NODE + hospital, "train")
+    with in_process.InProcessGrid(client_app.app, cfg.federation.num_clients, given) as grid:
+        request = Message(RecordDict(orders), in_process.FIRST_CLIENT_NODE + hospital, "train")
         (reply,) = grid.send_and_receive([request])
     if reply.has_error():
         raise RuntimeError(f"hospital {hospital} failed: {complaint(reply)}")

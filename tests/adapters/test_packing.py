@@ -5,7 +5,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedllm_helpers.adapters import packing
-from fedllm_helpers.federation import simulation
+from fedllm_helpers.federation import in_process
 
 RECORDS = {
     "arrays": {"b.A": np.arange(6, dtype=np.float32).reshape(2, 3), "a.B": np.zeros((3, 0), np.float16)},
@@ -17,7 +17,7 @@ RECORDS = {
 @pytest.fixture(autouse=True)
 def a_run():
     """Messages belong to a run."""
-    with simulation.InProcessGrid(None, 1, {}):
+    with in_process.InProcessGrid(None, 1, {}):
         yield
 
 

@@ -3,9 +3,9 @@
 import io
 import logging
 
+import lora_rounds
 import numpy as np
 import pytest
-import lora_rounds
 import tiny
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as strategies
@@ -15,9 +15,8 @@ from fedllm_helpers.adapters import screening
 from fedllm_helpers.adapters.records import message_bytes, to_record
 from fedllm_helpers.adapters.screening import printable, screen
 from fedllm_helpers.aggregation import rules
-from fedllm_helpers.communication import compression
 from fedllm_helpers.config.schema import BY_PRODUCT
-from fedllm_helpers.federation import nodes, rounds, simulation, tables
+from fedllm_helpers.federation import in_process, nodes, rounds, tables
 
 HONEST = {key: value + 0.5 for key, value in tiny.START.items()}
 NUMBERS = {"num-examples": 20, "examples": 8, "tokens": 80, "loss-before": 3.0, "loss-after": 2.0, "seconds": 0.1}
@@ -138,7 +137,7 @@ def content_of(adapter=None, numbers=None):
 @pytest.fixture
 def request_():
     """A request of a run, to which a reply can be made."""
-    with simulation.InProcessGrid(None, 1, {}):
+    with in_process.InProcessGrid(None, 1, {}):
         message = Message(RecordDict(), 2, "train")
         message.metadata.__dict__["_message_id"] = "1"
         yield message
@@ -265,8 +264,7 @@ def test_the_others_rounds_come_to_what_they_would_alone(strategy, caplog):
 
 @pytest.mark.parametrize("rule", ["FedIT", *BY_PRODUCT])
 def test_the_rules_of_products_go_on_with_the_others(rule, monkeypatch):
-    for module in (rules, compression):
-        monkeypatch.setattr(module, "first_adapter", lora_rounds.first)
+    monkeypatch.setattr(rules, "first_adapter", lora_rounds.first)
     key = "m.q.lora_B.weight"
     kinds = [number("num-examples", value) for value in (1e308, 10**12, 2.5)] + [number("loss-before", [3.0])]
     kinds += [
@@ -356,7 +354,7 @@ def test_scores_of_strangers_are_left_out(caplog):
     assert sum("hospital 1's evaluation is left out" in line for line in caplog.messages) == len(wrong)
 
 
-class Doubled(simulation.InProcessGrid):
+class Doubled(in_process.InProcessGrid):
     """Answers twice, to what nobody asked, and under another's number."""
 
     def send_and_receive(self, messages, *, timeout=None):
@@ -406,7 +404,7 @@ def test_an_introduction_that_makes_no_sense_leaves_the_others_to_train(spoil, c
         return reply
 
     cfg = tiny.settings(rounds=1)
-    with simulation.InProcessGrid(app, 4, {}) as grid:
+    with in_process.InProcessGrid(app, 4, {}) as grid:
         cfg, answers = nodes.join(grid, cfg)
         adapter, told = tiny.server_app.federate(grid, cfg, dict(tiny.START), answers=answers)
     alone, _ = tiny.federate(tiny.settings(rounds=1), tiny.client(away([1])))
@@ -417,7 +415,7 @@ def test_an_introduction_that_makes_no_sense_leaves_the_others_to_train(spoil, c
     assert sum("does not take part" in line for line in caplog.messages) == 1
 
 
-class Coming(simulation.InProcessGrid):
+class Coming(in_process.InProcessGrid):
     """Nodes that come and go; a node says that it is the hospital of its number modulo 10."""
 
     there = (2, 3)

@@ -15,7 +15,7 @@ from fedllm_helpers import aggregation, config, training
 from fedllm_helpers.adapters.records import from_record, to_record
 from fedllm_helpers.communication import compression
 from fedllm_helpers.config.schema import STRATEGIES
-from fedllm_helpers.federation import nodes, server_app, simulation
+from fedllm_helpers.federation import in_process, nodes, server_app
 from fedllm_helpers.training import memory
 
 NEEDED = {
@@ -61,7 +61,7 @@ def test_every_strategy_gives_what_flowers_own_loop_gives(name):
     given = [f"federation.strategy_arguments.{key}={value}" for key, value in arguments.items() if "_key" not in key]
     cfg = tiny.settings(f"federation.strategy={name}", *given, hospitals=5)
     ours, _ = tiny.federate(cfg)
-    with simulation.InProcessGrid(tiny.client(), 5, {}) as grid, memory.loaded_set_aside():
+    with in_process.InProcessGrid(tiny.client(), 5, {}) as grid, memory.loaded_set_aside():
         theirs = getattr(strategies, name)(**arguments, fraction_evaluate=0.0)
         result = theirs.start(grid, to_record(tiny.START), num_rounds=3, train_config=ConfigRecord({"lr": 1.0}))
     for key, value in from_record(result.arrays).items():
@@ -109,10 +109,10 @@ class WithAnOfflineNode(tiny.Shuffled):
     """Hospital 1 is gone after the first round: Flower's server answers in its place, under its own number."""
 
     def send_and_receive(self, messages, *, timeout=None):
-        replies, gone = super().send_and_receive(messages, timeout=timeout), simulation.FIRST_CLIENT_NODE + 1
+        replies, gone = super().send_and_receive(messages, timeout=timeout), in_process.FIRST_CLIENT_NODE + 1
         for reply, message in zip(replies, list(messages)[::-1], strict=True):
             if message.metadata.dst_node_id == gone and message.metadata.message_type == "train":
-                reply.metadata.__dict__["_src_node_id"] = simulation.SERVER_NODE
+                reply.metadata.__dict__["_src_node_id"] = in_process.SERVER_NODE
                 reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(5)
         return replies
 
@@ -259,7 +259,7 @@ def test_fewer_replies_than_the_minimum_leave_the_adapter_as_it_was(name, caplog
 
     strategy, current = aggregation.make_strategy(cfg), tiny.START  # the same two rounds, the second left out by hand
     for number in (1, 3):
-        with simulation.InProcessGrid(tiny.client(), 4, {}) as grid:
+        with in_process.InProcessGrid(tiny.client(), 4, {}) as grid:
             messages = list(strategy.configure_train(number, to_record(current), ConfigRecord(), grid))
             messages.sort(key=lambda message: message.metadata.dst_node_id)
             current = from_record(strategy.aggregate_train(number, list(grid.send_and_receive(messages)))[0])
@@ -283,7 +283,7 @@ def test_the_names_of_flower_that_are_not_public_are_still_there():
 
     assert {"_task_id", "_run_id", "_node_id"} <= vars(TaskIdentity).keys()
     assert Run.create_empty(run_id=1).run_id == 1
-    assert simulation.CLIENT_RAISED in (ErrorCode.UNKNOWN, ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
+    assert in_process.CLIENT_RAISED in (ErrorCode.UNKNOWN, ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
 
 
 @pytest.mark.parametrize("times", [1, 9])
@@ -298,7 +298,7 @@ def test_a_node_that_could_not_say_who_it_is_is_asked_again_and_no_run_starts_wi
         return honest(message, context)
 
     cfg = tiny.settings(rounds=2)
-    with simulation.InProcessGrid(app, 4, {}) as grid:
+    with in_process.InProcessGrid(app, 4, {}) as grid:
         cfg, answers = nodes.join(grid, cfg)
         if times > 1:
             with pytest.raises(
@@ -321,7 +321,7 @@ def test_nodes_must_agree_on_how_many_hospitals_there_are():
             reply.content["metrics"]["num-partitions"] = 5
         return reply
 
-    with simulation.InProcessGrid(app, 4, {}) as grid:
+    with in_process.InProcessGrid(app, 4, {}) as grid:
         with pytest.raises(RuntimeError, match=r"disagree on how many hospitals there are: num-partitions=\[4, 5\]"):
             nodes.join(grid, tiny.settings())
         one_by_one = nodes.hospitals(grid, tiny.settings(), {})

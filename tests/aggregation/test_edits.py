@@ -8,15 +8,13 @@ from lora_rounds import client, federate, first, plan
 
 from fedllm_helpers.adapters import factors
 from fedllm_helpers.aggregation import rules
-from fedllm_helpers.communication import compression
 from fedllm_helpers.config.schema import EDITING
-from fedllm_helpers.federation import simulation
+from fedllm_helpers.federation import in_process
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    for module in (rules, compression):
-        monkeypatch.setattr(module, "first_adapter", first)
+    monkeypatch.setattr(rules, "first_adapter", first)
 
 
 def by_hand(base, until):
@@ -34,12 +32,12 @@ def same(one, other):
     return one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
 
 
-class Forgetful(simulation.InProcessGrid):
+class Forgetful(in_process.InProcessGrid):
     """The node of hospital 1 is started anew before round 3, and nobody tells the server."""
 
     def _deliver(self, message):
         node, orders = message.metadata.dst_node_id, message.content.config_records.get("config", {})
-        if orders.get("server-round") == 3 and node == simulation.FIRST_CLIENT_NODE + 1:
+        if orders.get("server-round") == 3 and node == in_process.FIRST_CLIENT_NODE + 1:
             self.states.pop(node, None)
         return super()._deliver(message)
 
@@ -50,7 +48,7 @@ def test_a_node_has_the_same_bits_whenever_it_got_the_edits(rule, how):
     more = {"sampled": ["federation.fraction_train=0.67"], "evaluated": ["federation.fraction_evaluate=1.0"]}
     faults = {"absent once": {(2, 1)}, "absent twice": {(2, 1), (3, 1)}}.get(how)
     cfg, seen = plan(rule, *more.get(how, []), rounds=6), []
-    grid = Forgetful if how == "started anew" else simulation.InProcessGrid
+    grid = Forgetful if how == "started anew" else in_process.InProcessGrid
     _, _, base = federate(cfg, client(faults, seen=seen), grid=grid)
     assert len(base.edits) >= 5 and len({number for _, number, *_ in seen}) == 6
     for kind, number, _, _, edit in seen:

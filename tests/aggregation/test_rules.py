@@ -19,15 +19,14 @@ from fedllm_helpers.aggregation import edits, rules
 from fedllm_helpers.communication import compression, estimates
 from fedllm_helpers.config.runs import settings
 from fedllm_helpers.config.schema import BY_PRODUCT, EDITING, MIXED, RULES
-from fedllm_helpers.federation import server_app, simulation
+from fedllm_helpers.federation import in_process, server_app
 from fedllm_helpers.models import editing
 from fedllm_helpers.privacy import masked_clients  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    for module in (rules, compression):
-        monkeypatch.setattr(module, "first_adapter", first)
+    monkeypatch.setattr(rules, "first_adapter", first)
 
 
 def learned(cfg, adapter, base):
@@ -168,7 +167,7 @@ def test_every_hospital_starts_from_the_same_sum_of_all_edits():
 
 def test_fedsa_keeps_b_at_home_and_sends_the_mean_of_a():
     cfg, seen = plan("FedSA-LoRA", rounds=2), []
-    with simulation.InProcessGrid(client(seen=seen), 3, {"config": OmegaConf.to_yaml(cfg)}) as grid:
+    with in_process.InProcessGrid(client(seen=seen), 3, {"config": OmegaConf.to_yaml(cfg)}) as grid:
         adapter, _ = server_app.federate(grid, cfg, first())
         own = grid.kept(rules.PERSONAL)
     assert not any(value.any() for key, value in adapter.items() if factors.B in key)
@@ -225,12 +224,12 @@ def test_a_hospital_that_missed_rounds_gets_the_edits_that_it_lacks():
 
 
 def test_a_node_that_lost_its_state_is_named_and_has_all_edits_a_round_later(caplog):
-    class Forgetful(simulation.InProcessGrid):
+    class Forgetful(in_process.InProcessGrid):
         """The node of hospital 1 is started anew before round 3, and nobody tells the server."""
 
         def _deliver(self, message):
             again = message.metadata.message_type == "train" and message.content["config"]["server-round"] == 3
-            if again and message.metadata.dst_node_id == simulation.FIRST_CLIENT_NODE + 1:
+            if again and message.metadata.dst_node_id == in_process.FIRST_CLIENT_NODE + 1:
                 self.states.pop(message.metadata.dst_node_id)
             return super()._deliver(message)
 
@@ -253,7 +252,7 @@ def test_a_round_that_failed_leaves_compressed_flora_at_the_right_start(caplog):
     )
     plain, _, base = federate(cfg, app)
     small = config.load(cfg, "federation.compression.up=fp16")
-    adapter, tables, other = federate(small, lambda m, c: compression.client_mod(m, c, app))
+    adapter, tables, other = federate(small, lambda m, c: compression.mod(m, c, app))
     assert tables.history_frame()["used"].tolist() == [3, 0, 3] and "the adapter stays as it was" in caplog.text
     assert apart(learned(small, adapter, other), learned(cfg, plain, base)) < 2e-3
 
@@ -359,9 +358,9 @@ def test_where_nobody_trains_the_servers_adapter_keeps_its_bits_however_it_goes_
         if more == "masked":
             answers = {"query.shares": masked_clients.shares, "query.reveal": masked_clients.reveal}
             inner = answers.get(kind) or (lambda m, c: masked_clients.client_mod(m, c, idle))
-        return compression.client_mod(message, context, inner)
+        return compression.mod(message, context, inner)
 
-    with simulation.InProcessGrid(app, 3, {"config": OmegaConf.to_yaml(cfg)}) as grid:
+    with in_process.InProcessGrid(app, 3, {"config": OmegaConf.to_yaml(cfg)}) as grid:
         adapter, tables = server_app.federate(grid, cfg, {key: value.copy() for key, value in start.items()})
     assert tables.history_frame()["used"].tolist() == [3, 3]
     assert all(np.array_equal(adapter[key], start[key]) for key in start)
@@ -376,7 +375,7 @@ def test_compressed_both_ways_every_rule_comes_near_to_the_open_one(rule):
     plain, _, base = federate(cfg)
     small = config.load(cfg, *packed)
     app = client()
-    adapter, tables, other = federate(small, lambda m, c: compression.client_mod(m, c, app))
+    adapter, tables, other = federate(small, lambda m, c: compression.mod(m, c, app))
     assert tables.history_frame()["used"].eq(3).all()
     for key in plain:
         assert np.abs(adapter[key] - plain[key]).max() < 0.2 * max(np.abs(plain[key]).max(), 1e-9)

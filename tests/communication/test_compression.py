@@ -5,13 +5,12 @@ import pytest
 import tiny
 from flwr.app import Array, ArrayRecord, RecordDict
 from flwr.common.serde import recorddict_to_proto
-from omegaconf import OmegaConf
 
 from fedllm_helpers import config
 from fedllm_helpers.adapters.records import to_record
 from fedllm_helpers.communication import compression
 from fedllm_helpers.communication.compression import BITS, decode, encode
-from fedllm_helpers.federation import server_app, simulation
+from fedllm_helpers.federation import in_process, server_app
 from fedllm_helpers.models.process import first_adapter
 
 FORMATS = sorted(BITS)
@@ -150,21 +149,10 @@ def test_messages_of_the_real_adapter_shrink_as_promised(cfg, number_format, tim
     assert sizes[0] / sizes[1] >= times
 
 
-def _compressed(cfg, app=None):
+def _compressed(app=None):
     """A tiny ClientApp behind the mod."""
-    app, given = app or tiny.client(), {"config": OmegaConf.to_yaml(cfg)}
-
-    def with_mod(message, context):
-        context.run_config = given
-        return compression.client_mod(message, context, app)
-
-    return with_mod
-
-
-@pytest.fixture
-def small_start(monkeypatch):
-    """The client decodes with the shapes of its model's adapter: here of the tiny one."""
-    monkeypatch.setattr(compression, "first_adapter", lambda cfg: tiny.START)
+    client = tiny.client()
+    return lambda message, context: compression.mod(message, context, app or client)
 
 
 @pytest.mark.parametrize(
@@ -178,13 +166,13 @@ def small_start(monkeypatch):
     ids=lambda changes: " ".join(change.split("compression.")[1] for change in changes),
 )
 @pytest.mark.parametrize("strategy", ["FedAvg", "FedAdam", "FedMedian"])
-def test_a_compressed_federation_comes_close_to_the_plain_one(small_start, changes, strategy):
+def test_a_compressed_federation_comes_close_to_the_plain_one(changes, strategy):
     if "keep" in changes[0] and strategy == "FedMedian":
         with pytest.raises(ValueError, match="keep=0.5 with FedMedian: it compares replies number by number"):
             tiny.federate(tiny.settings(f"federation.strategy={strategy}", *changes))
         return
     plain, compressed = (tiny.settings(f"federation.strategy={strategy}", *more, rounds=6) for more in ([], changes))
-    (expected, _), (adapter, tables) = tiny.federate(plain), tiny.federate(compressed, _compressed(compressed))
+    (expected, _), (adapter, tables) = tiny.federate(plain), tiny.federate(compressed, _compressed())
     moved = max(np.abs(value - tiny.START[key]).max() for key, value in expected.items())
     near = 1.0 if "keep" in changes[0] and strategy != "FedAvg" else 0.25  # Adam divides by what was sent
     for key, value in expected.items():
@@ -193,13 +181,13 @@ def test_a_compressed_federation_comes_close_to_the_plain_one(small_start, chang
     assert all(row[2] == "used" for row in tables.clients)
 
 
-def test_faults_behind_the_mod_are_named_and_left_out(small_start, caplog):
+def test_faults_behind_the_mod_are_named_and_left_out(caplog):
     cfg = tiny.settings("federation.compression.up=int8", rounds=2)
 
     def not_finite(adapter, numbers):
         return {key: value * np.nan for key, value in adapter.items()}, numbers
 
-    inner = _compressed(cfg, tiny.client({(1, 2): not_finite}))
+    inner = _compressed(tiny.client({(1, 2): not_finite}))
 
     def damaged(message, context):
         reply = inner(message, context)
@@ -215,26 +203,26 @@ def test_faults_behind_the_mod_are_named_and_left_out(small_start, caplog):
     assert len(faults) == 2
 
 
-def test_a_killed_run_goes_on_with_what_the_hospitals_had_not_sent_yet(small_start, tmp_path):
+def test_a_killed_run_goes_on_with_what_the_hospitals_had_not_sent_yet(tmp_path):
     cfg = tiny.settings("federation.compression.up=int4", "federation.compression.keep=0.3", rounds=4)
-    expected, tables = tiny.federate(cfg, _compressed(cfg), folder=tmp_path / "whole")
+    expected, tables = tiny.federate(cfg, _compressed(), folder=tmp_path / "whole")
 
     def killed(message, context):
         if message.metadata.message_type == "train" and message.content["config"]["server-round"] == 3:
             raise KeyboardInterrupt
-        return _compressed(cfg)(message, context)
+        return _compressed()(message, context)
 
     with pytest.raises(KeyboardInterrupt):
         tiny.federate(cfg, killed, folder=tmp_path / "killed")
-    adapter, again = tiny.federate(cfg, _compressed(cfg), folder=tmp_path / "killed")
+    adapter, again = tiny.federate(cfg, _compressed(), folder=tmp_path / "killed")
     for key, value in expected.items():
         np.testing.assert_array_equal(adapter[key], value)
     assert [row[:5] for row in again.clients] == [row[:5] for row in tables.clients]
 
 
-def test_without_feedback_a_client_remembers_nothing(small_start):
+def test_without_feedback_a_client_remembers_nothing():
     for feedback in (True, False):
         cfg = tiny.settings("federation.compression.up=int4", f"federation.compression.error_feedback={feedback}")
-        with simulation.InProcessGrid(_compressed(cfg), 4, {}) as grid:
+        with in_process.InProcessGrid(_compressed(), 4, {}) as grid:
             server_app.federate(grid, cfg, tiny.START)
             assert bool(grid.states) is feedback

@@ -177,7 +177,7 @@ def test_too_few_hospitals_leave_the_adapter_and_two_such_rounds_end_the_run(cap
 
 def test_secrets_are_gone_after_they_were_used_once():
     cfg = tiny.settings("federation.secure_aggregation.threshold=3", rounds=1)
-    with tiny.simulation.InProcessGrid(tiny.masked(tiny.client()), 4, {}) as grid:
+    with tiny.in_process.InProcessGrid(tiny.masked(tiny.client()), 4, {}) as grid:
         tiny.server_app.federate(grid, cfg, {key: value.copy() for key, value in tiny.START.items()})
         assert grid.states and all(masked_clients.KEPT not in state for state in grid.states.values())
 
@@ -255,7 +255,7 @@ def test_an_answer_that_is_not_what_was_asked_for_is_left_out(stage, spoil, capl
 
 def test_secrets_of_a_round_stay_out_of_the_servers_checkpoint():
     cfg = tiny.settings("federation.secure_aggregation.threshold=3", rounds=1)
-    with tiny.simulation.InProcessGrid(tiny.masked(tiny.client({(1, 1): gone})), 4, {}) as grid:
+    with tiny.in_process.InProcessGrid(tiny.masked(tiny.client({(1, 1): gone})), 4, {}) as grid:
         tiny.server_app.federate(grid, cfg, {key: value.copy() for key, value in tiny.START.items()})
         assert any(masked_clients.KEPT in state for state in grid.states.values())  # of the one who went away
         assert not grid.remembered()

@@ -1,0 +1,66 @@
+"""A Flower strategy around another: what a technique does not change goes through as it is."""
+
+from collections.abc import Iterable
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedllm_helpers.adapters.records import Adapter, from_record
+
+
+class Wrapper(Strategy):
+    """The base of this package's techniques at a server; each has a mod, or needs none, at the clients.
+
+    Args:
+        strategy: any of Flower's, or another wrapper.
+
+    Raises:
+        TypeError: it is no strategy.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        if not isinstance(strategy, Strategy):
+            raise TypeError(f"{type(self).__name__} wraps a strategy such as FedAvg(), given is {strategy!r:.60}")
+        self.strategy = strategy
+        self.sent: dict[int, ArrayRecord] = {}
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The messages of the wrapped strategy; what each node gets is remembered for the round."""
+        messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
+        self.sent = {message.metadata.dst_node_id: message.content["arrays"] for message in messages}
+        return messages
+
+    def expected(self, node: int) -> Adapter:
+        """What a reply of a node is like, and from where its update is measured: what was sent to it, or a rule's word.
+
+        Raises:
+            ValueError: the node was not asked.
+        """
+        if isinstance(self.strategy, Wrapper):
+            return self.strategy.expected(node)
+        if node not in self.sent:
+            raise ValueError(f"node {node} was not asked in this round")
+        return from_record(self.sent[node])
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """What the wrapped strategy makes of the replies."""
+        return self.strategy.aggregate_train(server_round, replies)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The messages of the wrapped strategy."""
+        return self.strategy.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """What the wrapped strategy makes of the replies."""
+        return self.strategy.aggregate_evaluate(server_round, replies)
+
+    def summary(self) -> None:
+        """That of the wrapped strategy."""
+        self.strategy.summary()
