@@ -54,7 +54,7 @@ def masked(app):
 
     def whole(message, context):
         answer = answers.get(message.metadata.message_type)
-        return answer(message, context) if answer else masked_clients.client_mod(message, context, app)
+        return answer(message, context) if answer else masked_clients.mod(message, context, app)
 
     return whole
 

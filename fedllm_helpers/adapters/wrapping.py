@@ -1,12 +1,24 @@
 """A Flower strategy around another: what a technique does not change goes through as it is."""
 
+import math
 from collections.abc import Iterable
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedllm_helpers.adapters.records import Adapter, from_record
+from fedllm_helpers.adapters.records import Adapter, from_record, to_record
+
+
+def as_reply(arrays: Adapter, like: Message, cards: float = 1.0, loss: float = 0.0) -> Message:
+    """An adapter as one client's reply, for strategies that take replies: the numbers that they use, nothing else.
+
+    Some strategies go by place and not by key, and all of them end the run where two clients' numbers have other names.
+    """
+    reply = Message(RecordDict(), reply_to=like)
+    numbers = {"num-examples": cards, "loss-before": 0.0 if math.isnan(loss) else loss}
+    reply.content = RecordDict({"arrays": to_record(arrays), "metrics": MetricRecord(numbers)})
+    return reply
 
 
 class Wrapper(Strategy):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message
 from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import Strategy
 from omegaconf import DictConfig, OmegaConf
@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from fedllm_helpers.adapters import factors
 from fedllm_helpers.adapters.records import Adapter, from_record, to_record
 from fedllm_helpers.adapters.screening import Reply, printable
+from fedllm_helpers.adapters.wrapping import as_reply
 from fedllm_helpers.config.schema import AVERAGING
 
 # Fewer replies than these, and what the strategy promises against f cheats does not hold, or nobody is cut off.
@@ -140,17 +141,6 @@ def tried(name: str, make: Callable[[], Adapter | None]) -> tuple[Adapter | None
     if not all(np.isfinite(value).all() for value in made.values()):
         return None, f"not combined: {name} made finite adapters into one that is not"
     return made, ""
-
-
-def as_reply(arrays: Adapter, like: Message, cards: float = 1.0, loss: float = 0.0) -> Message:
-    """An adapter as one client's reply, for strategies that take replies: the numbers that they use, nothing else.
-
-    Some strategies go by place and not by key, and all of them end the run where two clients' numbers have other names.
-    """
-    reply = Message(RecordDict(), reply_to=like)
-    numbers = {"num-examples": cards, "loss-before": 0.0 if math.isnan(loss) else loss}
-    reply.content = RecordDict({"arrays": to_record(arrays), "metrics": MetricRecord(numbers)})
-    return reply
 
 
 def _mean(replies: Iterable[Reply], finish: Callable[[Adapter, float], Adapter] | None) -> tuple[Adapter, int]:

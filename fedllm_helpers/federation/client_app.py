@@ -28,9 +28,8 @@ from fedllm_helpers.training import guarantees
 
 logger = logging.getLogger(__name__)
 TIMES = 8  # a card stands in a batch at most: a hospital with few cards takes part with the batch of the others
-app = ClientApp(mods=[packing.client_mod, compression.mod, masked_clients.client_mod])
-app.query("shares")(masked_clients.shares)
-app.query("reveal")(masked_clients.reveal)
+app = ClientApp(mods=[packing.client_mod, compression.mod, masked_clients.mod])
+masked_clients.register(app, lambda context: len(node_cards(context, int(context.node_config["partition-id"]))[0]))
 
 
 @app.query()
@@ -42,14 +41,6 @@ def introduce(message: Message, context: Context) -> Message:
     if "data" in context.node_config:  # a folder that is not there is said before anyone trains
         node_cards(context, hospital)
     numbers = {"partition-id": hospital, "num-partitions": hospitals}
-    return Message(RecordDict({"metrics": MetricRecord(numbers)}), reply_to=message)
-
-
-@app.query("keys")
-def count(message: Message, context: Context) -> Message:
-    """Say how many cards one trains on, before masks: the weight of an update in a sum that nobody can take apart."""
-    hospital = int(context.node_config["partition-id"])
-    numbers = {"partition-id": hospital, "num-examples": len(node_cards(context, hospital)[0])}
     return Message(RecordDict({"metrics": MetricRecord(numbers)}), reply_to=message)
 
 

@@ -12,6 +12,7 @@ from fedllm_helpers.aggregation import rules
 from fedllm_helpers.aggregation.edits import Base
 from fedllm_helpers.communication import compression
 from fedllm_helpers.communication.compression import Formats
+from fedllm_helpers.privacy.masked_rounds import Masks
 from fedllm_helpers.training.fine_tuning import Round
 
 
@@ -57,3 +58,11 @@ def formats(cfg: DictConfig) -> Formats:
     """How adapters are compressed on their ways; masked updates have a format of their own."""
     how, masked = cfg.federation.compression, cfg.federation.secure_aggregation.threshold
     return Formats(None if masked else how.up, how.down, how.keep, how.error_feedback)
+
+
+def masks(cfg: DictConfig) -> Masks:
+    """How updates are masked; where noise is added, hospitals clip for themselves, as the server cannot see."""
+    how, noise = cfg.federation.secure_aggregation, cfg.federation.privacy.client
+    noisy = noise.noise_multiplier is not None
+    norm, uniform = noise.clipping_norm if noisy else 0.0, noisy and noise.weights == "uniform"
+    return Masks(how.threshold, how.value_range, norm, uniform, cfg.federation.max_cards, cfg.federation.timeout)

@@ -14,13 +14,14 @@ from tqdm import tqdm
 
 from fedllm_helpers.adapters.records import Adapter, message_bytes
 from fedllm_helpers.adapters.screening import LIMITS, Expected, Reply, screen, shapes_of
+from fedllm_helpers.adapters.wrapping import as_reply
 from fedllm_helpers.aggregation import rules, strategies
 from fedllm_helpers.aggregation.edits import Base
 from fedllm_helpers.communication.codec import layout
 from fedllm_helpers.communication.compression import restored
 from fedllm_helpers.config.schema import BY_PRODUCT
 from fedllm_helpers.federation.nodes import send
-from fedllm_helpers.federation.outgoing import Outgoing, formats, training_orders
+from fedllm_helpers.federation.outgoing import Outgoing, formats, masks, training_orders
 from fedllm_helpers.federation.tables import NUMBERS, Tables, summary
 from fedllm_helpers.privacy import noise
 from fedllm_helpers.privacy.masked_clients import MASKED, SENT
@@ -127,7 +128,7 @@ def _products(turn: _Turn, given: list[tuple[Adapter, float]]) -> Adapter:
 def _combine_masked(turn: _Turn) -> tuple[Adapter | None, str, tuple[int, int]]:
     """The sum of masked replies, opened; and the bytes of keys, shares and openings, down and up."""
     run, out, cfg, number = turn.run, turn.out, turn.run.cfg, turn.step.number
-    session, part, opened = Session(run.grid, cfg, number, out.nodes), rules.up(cfg, turn.adapter, number), None
+    session, part, opened = Session(run.grid, masks(cfg), number, out.nodes), rules.up(cfg, turn.adapter, number), None
     present = session.begin(turn.asked)
     if present:
         out.more = {SENT: session.orders()}
@@ -138,11 +139,11 @@ def _combine_masked(turn: _Turn) -> tuple[Adapter | None, str, tuple[int, int]]:
             opened = session.end(part)
     more = session.bytes_down, session.bytes_up
     if opened is None:
-        needed = max(session.threshold, cfg.federation.min_replies)
+        needed = max(session.how.threshold, cfg.federation.min_replies)
         return None, f"not opened: {len(session.survivors)} masked updates arrived, {needed} are needed", more
     finish = noise.finish(cfg, number)
     mean = finish(*opened) if finish else opened[0]
-    combined, why = strategies.step(run.strategy, number, [strategies.as_reply(mean, out.request)])
+    combined, why = strategies.step(run.strategy, number, [as_reply(mean, out.request)])
     return combined and {**turn.adapter, **combined}, why, more
 
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 
 from fedllm_helpers.adapters.records import Adapter, from_record
 from fedllm_helpers.adapters.updates import START, update_of
@@ -12,7 +13,7 @@ from fedllm_helpers.privacy.noise import clip
 KEPT, SENT, MASKED = "secure aggregation", "secure", "masked"  # a hospital's secrets; the server's part; what it gets
 
 
-def client_mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
     """Flower client mod: adds fresh keys to the answer to ``query.keys``, and masks what training returns.
 
     The secrets of a round live in the client's state, which on a deployed node is in the memory of its SuperNode, until
@@ -29,6 +30,23 @@ def client_mod(message: Message, context: Context, call_next: Callable[[Message,
     if not reply.has_error():
         reply.content["arrays"] = _masked(update_of(reply, received), given, context)
     return reply
+
+
+def register(app: ClientApp, examples: Callable[[Context], int]) -> None:
+    """Let a ClientApp answer what masks ask for: keys, shares, and the opening.
+
+    Args:
+        app: with :func:`mod` among its mods.
+        examples: how many examples a client trains on: the weight of its update, in a sum that nobody can take apart.
+    """
+
+    @app.query("keys")
+    def keys(message: Message, context: Context) -> Message:
+        """Say how many examples one trains on; the mod adds the keys."""
+        return Message(RecordDict({"metrics": MetricRecord({"num-examples": examples(context)})}), reply_to=message)
+
+    app.query("shares")(shares)
+    app.query("reveal")(reveal)
 
 
 def shares(message: Message, context: Context) -> Message:
@@ -62,7 +80,7 @@ def reveal(message: Message, context: Context) -> Message:
 def _publish(message: Message, context: Context, reply: Message) -> Message:
     if not reply.has_error():
         own, public = secure.make_keys()
-        number, hospital = message.content[SENT]["round"], reply.content["metrics"]["partition-id"]
+        number, hospital = message.content[SENT]["round"], message.content[SENT]["hospital"]
         context.state[KEPT] = ConfigRecord({"round": number, "hospital": hospital, **vars(own)})
         reply.content[SENT] = ConfigRecord(vars(public))
     return reply

@@ -1,20 +1,31 @@
 """Secure aggregation on Flower's messages, at the server: a round in which it learns the sum alone."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from omegaconf import DictConfig
+from flwr.serverapp.strategy import Strategy
 
+from fedllm_helpers import limits
 from fedllm_helpers.adapters.packing import send
 from fedllm_helpers.adapters.records import Adapter, message_bytes
-from fedllm_helpers.adapters.screening import Reply, looked_at, read_numbers, read_parts, read_shares
+from fedllm_helpers.adapters.screening import (
+    Expected,
+    Reply,
+    looked_at,
+    read_numbers,
+    read_parts,
+    read_shares,
+    screen,
+    shapes_of,
+)
+from fedllm_helpers.adapters.wrapping import Wrapper, as_reply
 from fedllm_helpers.privacy import secure_aggregation as secure
 from fedllm_helpers.privacy.masked_clients import MASKED, SENT
 
@@ -23,12 +34,33 @@ logger = logging.getLogger(__name__)
 KEYS = ("mask_key", "cipher_key", "commitment")  # of a hospital's public half
 
 
+@dataclass(frozen=True)
+class Masks:
+    """How updates are masked: ``threshold`` clients open a sum; values and weights have limits, so that it is exact.
+
+    ``clipping_norm`` of an update, 0 for none; ``uniform`` counts clients alike; ``timeout`` in seconds.
+    """
+
+    threshold: int
+    value_range: float = 1.0
+    clipping_norm: float = 0.0
+    uniform: bool = False
+    max_cards: int = 1_000_000
+    timeout: float = 3600.0
+
+    def __post_init__(self) -> None:
+        limits.whole("threshold", self.threshold, 2)
+        limits.number("clipping_norm", self.clipping_norm, above=False)
+        for name in ("value_range", "max_cards", "timeout"):
+            limits.number(name, getattr(self, name))
+
+
 @dataclass
 class Session:
     """The server's side of one masked round: what hospitals published, the running sum, and the bytes it took."""
 
     grid: Grid
-    cfg: DictConfig
+    how: Masks
     number: int
     nodes: dict[int, int]
     public: dict[int, secure.Public] = field(default_factory=dict)
@@ -40,23 +72,17 @@ class Session:
     bytes_up: int = 0
     bytes_down: int = 0
 
-    @property
-    def threshold(self) -> int:
-        """How many hospitals open a sum."""
-        return self.cfg.federation.secure_aggregation.threshold
-
     def begin(self, asked: list[int]) -> list[int]:
         """Collect keys, then shares.
 
         Returns:
             The hospitals that take part; none where they are fewer than the threshold.
         """
-        cards = self.cfg.federation.privacy.client
-        equal = cards.noise_multiplier is not None and cards.weights == "uniform"
-        for hospital, (public, cards) in self._ask("keys", {k: ConfigRecord({"round": self.number}) for k in asked}):
-            self.public[hospital], self.weights[hospital] = public, 1 if equal else cards
+        told = {k: ConfigRecord({"round": self.number, "hospital": k}) for k in asked}
+        for hospital, (public, cards) in self._ask("keys", told):
+            self.public[hospital], self.weights[hospital] = public, 1 if self.how.uniform else cards
         self._leave_room()
-        if len(self.public) < self.threshold:
+        if len(self.public) < self.how.threshold:
             return []
         self.places = {hospital: place for place, hospital in enumerate(sorted(self.public), 1)}
         made = dict(self._ask("shares", dict.fromkeys(self.public, self.orders())))
@@ -64,15 +90,13 @@ class Session:
         for maker, shares in made.items():
             for hospital, share in shares.items():
                 self.shares.setdefault(hospital, {})[maker] = share
-        return sorted(self.public) if len(self.public) >= self.threshold else []
+        return sorted(self.public) if len(self.public) >= self.how.threshold else []
 
     def _leave_room(self) -> None:
         """Leave out whoever claims the most cards, until the sum of all is exact to 8 bits."""
         while self.public:
             try:
-                secure.fixed_point(
-                    [self.weights[k] for k in self.public], self.cfg.federation.secure_aggregation.value_range
-                )
+                secure.fixed_point([self.weights[k] for k in self.public], self.how.value_range)
                 return
             except ValueError:
                 most = max(self.public, key=self.weights.get)
@@ -82,18 +106,18 @@ class Session:
 
     def orders(self) -> ConfigRecord:
         """What a hospital needs to make shares or to mask: everyone's public keys and weights."""
-        privacy, keys = self.cfg.federation.privacy.client, [self.public[hospital] for hospital in sorted(self.public)]
+        keys = [self.public[hospital] for hospital in sorted(self.public)]
         return ConfigRecord(
             {
                 "round": self.number,
-                "threshold": self.threshold,
+                "threshold": self.how.threshold,
                 "hospitals": sorted(self.public),
                 "weights": [self.weights[hospital] for hospital in sorted(self.public)],
                 "mask_keys": [key.mask_key for key in keys],
                 "cipher_keys": [key.cipher_key for key in keys],
                 "commitments": [key.commitment for key in keys],
-                "value-range": self.cfg.federation.secure_aggregation.value_range,
-                "clipping-norm": privacy.clipping_norm if privacy.noise_multiplier is not None else 0.0,
+                "value-range": self.how.value_range,
+                "clipping-norm": self.how.clipping_norm,
             }
         )
 
@@ -116,12 +140,12 @@ class Session:
             for hospital, some in makers.items()
         }
         try:
-            if len(self.survivors) < self.threshold:
-                raise ValueError(f"{len(self.survivors)} masked updates arrived, {self.threshold} are needed")
+            if len(self.survivors) < self.how.threshold:
+                raise ValueError(f"{len(self.survivors)} masked updates arrived, {self.how.threshold} are needed")
             asked = {hospital: ConfigRecord({**self.orders(), **more}) for hospital, more in extra.items()}
             opened = dict(self._ask("reveal", asked))
             total = secure.unmask(
-                self.total, self.public, self.places, self.survivors, opened, self.number, self.threshold
+                self.total, self.public, self.places, self.survivors, opened, self.number, self.how.threshold
             )
         except ValueError as error:  # whose share is wrong, the server cannot always tell
             logger.warning("round %d: the sum stays closed: %s", self.number, error)
@@ -132,7 +156,7 @@ class Session:
 
     def _weights(self) -> tuple[list[int], secure.FixedPoint]:
         everyone = [self.weights[hospital] for hospital in sorted(self.public)]
-        code = secure.fixed_point(everyone, self.cfg.federation.secure_aggregation.value_range)
+        code = secure.fixed_point(everyone, self.how.value_range)
         return [self.weights[hospital] for hospital in sorted(self.survivors)], code
 
     def _ask(self, what: str, records: dict[int, ConfigRecord]) -> Iterator[tuple[int, Any]]:
@@ -143,7 +167,7 @@ class Session:
         ]
         self.bytes_down += sum(message_bytes(request) for request in requests)
         names, answers = {node: hospital for hospital, node in self.nodes.items()}, {}
-        for node, reply in send(self.grid, requests, self.cfg.federation.timeout):
+        for node, reply in send(self.grid, requests, self.how.timeout):
             self.bytes_up += message_bytes(reply)
             answer, why = looked_at(reply, partial(self._read, what))
             if node is None or why:
@@ -160,7 +184,65 @@ class Session:
             public = secure.Public(**read_parts(content, SENT, KEYS, 32))
             for key in (public.mask_key, public.cipher_key):  # raises for one on which nobody can agree, such as zeros
                 X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(key))
-            cards = read_numbers(content, {"num-examples": (1, self.cfg.federation.max_cards)}, ("num-examples",))
+            cards = read_numbers(content, {"num-examples": (1, self.how.max_cards)}, ("num-examples",))
             return public, int(cards["num-examples"])
         name, size = ("shares", secure.SEALED) if what == "shares" else ("opened", secure.SHARE)
         return read_shares(content, SENT, name, sorted(self.public), size)
+
+
+class Masked(Wrapper):
+    """A strategy that gets the mean of its clients' updates and no single one; for :func:`masked_clients.mod`.
+
+    Args:
+        strategy: any that averages; each round it gets one reply, the mean.
+        threshold, options: as in :class:`Masks`.
+
+    Raises:
+        ValueError: as :class:`Masks`.
+    """
+
+    def __init__(self, strategy: Strategy, threshold: int, **options: Any) -> None:
+        super().__init__(strategy)
+        self.how, self.session, self.request = Masks(threshold, **options), None, None
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask the wrapped strategy's clients for keys and shares; those that answer get its message with orders.
+
+        Raises:
+            ValueError: fewer clients than the threshold are asked; or their apps lack mod and queries.
+        """
+        messages = sorted(
+            super().configure_train(server_round, arrays, config, grid), key=lambda m: m.metadata.dst_node_id
+        )
+        nodes = {place: message.metadata.dst_node_id for place, message in enumerate(messages)}
+        if len(nodes) < self.how.threshold:
+            raise ValueError(f"threshold={self.how.threshold}: {len(nodes)} clients are asked in a round")
+        self.session = Session(grid, self.how, server_round, nodes)
+        present = self.session.begin(list(nodes))
+        if not self.session.public:
+            raise ValueError("no client sends keys: a ClientApp needs masked_clients.mod among its mods, and register")
+        self.request, orders = messages[0], {SENT: self.session.orders()}
+        for place in present:
+            messages[place].content = RecordDict({**messages[place].content, **orders})
+        return [messages[place] for place in present]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Open the sum, and give the wrapped strategy the mean as one reply; nothing where it stays closed."""
+        places = {node: place for place, node in self.session.nodes.items()}
+        start = self.expected(self.request.metadata.dst_node_id)
+        masked = {MASKED: np.zeros(sum(value.size for value in start.values()), np.uint32)}
+        for reply in replies:
+            place = places.get(reply.metadata.src_node_id, -1)
+            looked = screen(reply, place, 0, Expected({}, (), shapes_of(masked)))
+            if looked.status == "used" and place in self.session.public:
+                self.session.add(looked)
+            else:
+                logger.warning("round %d: client %d is left out: %s", server_round, place, looked.status)
+        opened = self.session.end(start)
+        if opened is None:
+            return None, None
+        return super().aggregate_train(server_round, [as_reply(opened[0], self.request)])

@@ -308,7 +308,7 @@ def test_masks_change_a_mean_by_their_rounding_alone(rule):
 
     def masked(message, context):
         answer = answers.get(message.metadata.message_type)
-        return answer(message, context) if answer else masked_clients.client_mod(message, context, client())
+        return answer(message, context) if answer else masked_clients.mod(message, context, client())
 
     cfg, masks = plan(rule, rounds=2), ("threshold=2", "value_range=8")
     open_, _, _ = federate(cfg)
@@ -357,7 +357,7 @@ def test_where_nobody_trains_the_servers_adapter_keeps_its_bits_however_it_goes_
         kind, inner = message.metadata.message_type, idle
         if more == "masked":
             answers = {"query.shares": masked_clients.shares, "query.reveal": masked_clients.reveal}
-            inner = answers.get(kind) or (lambda m, c: masked_clients.client_mod(m, c, idle))
+            inner = answers.get(kind) or (lambda m, c: masked_clients.mod(m, c, idle))
         return compression.mod(message, context, inner)
 
     with in_process.InProcessGrid(app, 3, {"config": OmegaConf.to_yaml(cfg)}) as grid:

@@ -14,6 +14,7 @@ from fedllm_helpers.adapters.records import from_record, message_bytes, to_recor
 from fedllm_helpers.adapters.wrapping import Wrapper
 from fedllm_helpers.communication import compression
 from fedllm_helpers.federation import in_process
+from fedllm_helpers.privacy import masked_clients, masked_rounds
 
 NODES = 3
 RAY = [pytest.mark.processes, pytest.mark.skipif(find_spec("ray") is None, reason="the extra `sim` is not installed")]
@@ -202,3 +203,81 @@ def test_mixed_number_formats_come_back_as_they_are():
     with grid(lambda m, c: compression.mod(m, c, halves), NODES, {}) as nodes:
         result = strategy.start(nodes, ArrayRecord({k: Array(v) for k, v in start.items()}), num_rounds=2)
     assert all(np.allclose(array.numpy(), 2, atol=0.02) for array in result.arrays.values())
+
+
+def masking(family="llama", mods=(), gone=None):
+    """Their app with masks: one mod, and one call for the queries. Node ``gone`` never comes back from training."""
+    app = somebody.client(family, [masked_clients.mod, *mods])
+    masked_clients.register(app, lambda context: 10 * (int(context.node_config["partition-id"]) + 1))
+
+    def leaving(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == gone:
+            raise OSError("the power is gone")
+        return app(message, context)
+
+    return app if gone is None else leaving
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_masks_in_their_app(family, place):
+    mean, _ = by_hand(family, start_of(family))
+    adapter = run(
+        masked_rounds.Masked(plain(), threshold=2), place=place, client=masking(family), family=family, rounds=1
+    )
+    assert far(adapter, mean) < 1e-5, "fixed point, and nothing else"
+
+
+def test_masks_with_one_client_gone_open_the_sum_of_the_others():
+    start = start_of("llama")
+    _, updates = by_hand("llama", start)
+    wanted = {
+        key: start[key] + np.average([updates[0][key], updates[2][key]], axis=0, weights=(10, 30)) for key in start
+    }
+    adapter = run(masked_rounds.Masked(plain(), threshold=2), client=masking(gone=1), rounds=1)
+    assert far(adapter, wanted) < 1e-5
+
+
+def test_what_crosses_behind_masks_is_noise():
+    seen = []
+
+    class Curious(Wrapper):
+        def aggregate_train(self, server_round, replies):
+            replies = list(replies)
+            seen.extend(reply.content["arrays"][masked_clients.MASKED].numpy() for reply in replies)
+            return super().aggregate_train(server_round, replies)
+
+    run(Curious(masked_rounds.Masked(plain(), threshold=2)), client=masking(), rounds=1)
+    values = np.concatenate(seen) / 2.0**32
+    assert len(seen) == 3 and abs(values.mean() - 0.5) < 5 / np.sqrt(12 * len(values))
+
+
+def test_masks_over_adapters_that_came_down_in_few_bits():
+    strategy = compression.Compressed(masked_rounds.Masked(plain(), threshold=2), up=None, down="fp16")
+    app = masking()
+    adapter = run(strategy, client=lambda m, c: compression.mod(m, c, app), rounds=1)
+    mean, _ = by_hand("llama", start_of("llama"))
+    assert 0 < far(adapter, mean) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("strategy", "client", "says"),
+    [
+        (
+            lambda: masked_rounds.Masked(plain(), threshold=2),
+            somebody.client,
+            "needs masked_clients.mod among its mods",
+        ),
+        (lambda: masked_rounds.Masked(plain(), threshold=4), masking, "threshold=4: 3 clients are asked in a round"),
+        (lambda: masked_rounds.Masked(plain(), threshold=1), masking, "threshold=1: allowed are whole numbers from 2"),
+        (
+            lambda: masked_rounds.Masked(plain(), 2, value_range=0),
+            masking,
+            "value_range=0: allowed are numbers above 0",
+        ),
+    ],
+)
+def test_masks_that_cannot_be_are_one_line(strategy, client, says):
+    with pytest.raises(ValueError, match=says) as caught:
+        run(strategy(), client=client(), rounds=1)
+    assert "\n" not in str(caught.value)
