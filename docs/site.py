@@ -40,6 +40,7 @@ INDEX = """
 course
 data
 project
+pieces
 teaching
 glossary
 ```

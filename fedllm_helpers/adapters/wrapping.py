@@ -26,14 +26,25 @@ class Wrapper(Strategy):
 
     Args:
         strategy: any of Flower's, or another wrapper.
+        reads: the form in which replies come, where it is one of this technique's own; "" where they stay as they are.
 
     Raises:
         TypeError: it is no strategy.
+        ValueError: a wrapped one has a form of its own for the replies, too.
     """
 
-    def __init__(self, strategy: Strategy) -> None:
+    def __init__(self, strategy: Strategy, reads: str = "") -> None:
         if not isinstance(strategy, Strategy):
             raise TypeError(f"{type(self).__name__} wraps a strategy such as FedAvg(), given is {strategy!r:.60}")
+        self.reads, inner = reads, strategy
+        while reads and isinstance(inner, Wrapper):
+            if inner.reads:
+                mine, other = type(self).__name__, type(inner).__name__
+                raise ValueError(
+                    f"{mine} reads {reads}, and {other} within it {inner.reads}: one of them has to leave the replies "
+                    "alone, as Compressed(Masked(…), up=None) does"
+                )
+            inner = inner.strategy
         self.strategy = strategy
         self.sent: dict[int, ArrayRecord] = {}
 

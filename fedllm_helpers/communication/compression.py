@@ -153,8 +153,8 @@ class Compressed(Wrapper):
         keep: float = 1.0,
         error_feedback: bool = True,
     ) -> None:
-        super().__init__(strategy)
         self.how = Formats(up, down, keep, error_feedback)
+        super().__init__(strategy, "updates in few bits" if self.how.packs else "")
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -202,7 +202,7 @@ class Masked(Wrapper):
     """
 
     def __init__(self, strategy: Strategy, threshold: int, **options: Any) -> None:
-        super().__init__(strategy)
+        super().__init__(strategy, "masked updates")
         self.how, self.session, self.request = Masks(threshold, **options), None, None
 
     def configure_train(

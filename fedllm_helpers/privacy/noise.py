@@ -6,12 +6,15 @@ The promises are in :mod:`accounting`, DP-SGD within a hospital in :mod:`dp_sgd`
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-from omegaconf import DictConfig
 
 from fedllm_helpers.adapters.records import Adapter
 from fedllm_helpers.adapters.screening import Reply
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 def norm(adapter: Adapter) -> float:
@@ -44,7 +47,7 @@ def noisy(mean: Adapter, sensitivity: float, noise_multiplier: float, generator:
     return {key: (value + generator.normal(0.0, scale, value.shape)).astype(value.dtype) for key, value in mean.items()}
 
 
-def bounded(cfg: DictConfig, reply: Reply, adapter: Adapter) -> Reply:
+def bounded(cfg: "DictConfig", reply: Reply, adapter: Adapter) -> Reply:
     """A reply whose update is clipped, and whose weight is 1 where hospitals count alike.
 
     Hospitals clip for themselves where the server cannot see: here it does not rely on them.
@@ -57,7 +60,7 @@ def bounded(cfg: DictConfig, reply: Reply, adapter: Adapter) -> Reply:
     return replace(reply, arrays={key: adapter[key] + update[key] for key in adapter}, numbers=numbers)
 
 
-def finish(cfg: DictConfig, number: int) -> Callable[[Adapter, float], Adapter] | None:
+def finish(cfg: "DictConfig", number: int) -> Callable[[Adapter, float], Adapter] | None:
     """Adds a round's noise to the mean of bounded replies, given the largest share of one in it; None without noise."""
     how = cfg.federation.privacy.client
     if how.noise_multiplier is None:
@@ -66,14 +69,14 @@ def finish(cfg: DictConfig, number: int) -> Callable[[Adapter, float], Adapter] 
     return lambda mean, share: noisy(mean, how.clipping_norm * share, how.noise_multiplier, generator)
 
 
-def silent(cfg: DictConfig) -> bool:
+def silent(cfg: "DictConfig") -> bool:
     """Whether hospitals keep losses and token counts to themselves, because those would leave without protection."""
     how = cfg.federation.privacy
     private = (how.record.epsilon, how.record.noise_multiplier, how.client.noise_multiplier)
     return any(value is not None for value in private) or bool(cfg.federation.secure_aggregation.threshold)
 
 
-def noise_seed(cfg: DictConfig, purpose: int, *numbers: int) -> np.random.SeedSequence:
+def noise_seed(cfg: "DictConfig", purpose: int, *numbers: int) -> np.random.SeedSequence:
     """The seed of some noise: from ``federation.privacy.noise_seed``, or 128 bits of the system's entropy.
 
     Args:

@@ -135,6 +135,20 @@ def test_formats_that_there_are_not_are_one_line(given, says):
         compression.Compressed(plain(), **given)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: compression.Compressed(masked_rounds.Masked(plain(), threshold=2), up="int8"),
+        lambda: masked_rounds.Masked(compression.Compressed(plain(), up="int8"), threshold=2),
+        lambda: compression.Compressed(Weighed(compression.Compressed(plain(), up="int8")), down="fp16"),
+    ],
+)
+def test_two_forms_of_replies_at_once_are_one_line(wrong):
+    with pytest.raises(ValueError, match="one of them has to leave the replies alone, as Compressed") as caught:
+        wrong()
+    assert "\n" not in str(caught.value)
+
+
 def test_what_wraps_no_strategy_is_one_line():
     with pytest.raises(TypeError, match=r"Compressed wraps a strategy such as FedAvg\(\), given is 'FedAvg'"):
         compression.Compressed("FedAvg")
