@@ -70,4 +70,4 @@ def federate(cfg, app=None, grid=in_process.InProcessGrid, **options):
     """(adapter, tables, edits of the base model)."""
     base = edits.Base()
     with grid(app or client(), cfg.federation.num_clients, {"config": OmegaConf.to_yaml(cfg)}) as nodes:
-        return *server_app.federate(nodes, cfg, first(), base=base, **options), base
+        return *server_app.federate(nodes, cfg, first(), server_app.Options(**options), base=base), base

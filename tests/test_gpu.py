@@ -80,7 +80,7 @@ def test_training_goes_where_it_goes_on_the_cpu(cfg, cards):
             cfg, "model.dtype=float32", f"model.device={device}", "train.training_arguments.max_steps=12"
         )
         model, tokenizer = models.load(changed)
-        losses[device] = training.fine_tune(model, tokenizer, cards[0], changed, progress=False).history["loss"]
+        losses[device] = training.fine_tune(model, tokenizer, cards[0], changed, description=None).history["loss"]
         scores[device] = evaluation.score_answers(model, tokenizer, cards[1], CFG)
     assert losses["cuda"].tolist() == pytest.approx(losses["cpu"].tolist(), rel=0.01)
     difference = evaluation.nll_difference(scores["cpu"], scores["cuda"])
@@ -95,7 +95,7 @@ def test_the_preset_learns_in_4_bits_and_its_adapter_opens_with_plain_peft(prese
     assert base.is_loaded_in_4bit and base.is_gradient_checkpointing and model.device.type == "cuda"
     score = functools.partial(evaluation.score_answers, model, tokenizer, test, cfg)
     untuned = score()
-    record = training.fine_tune(model, tokenizer, train, cfg, progress=False)
+    record = training.fine_tune(model, tokenizer, train, cfg, description=None)
     assert record.examples == 30 * 16 and np.isfinite(record.history["loss"]).all()
     tuned = score()
     assert evaluation.nll_difference(untuned, tuned).low > 0.1
@@ -172,7 +172,7 @@ def test_a_7b_trains_within_16_gb(seven_billion, dtype):
     loaded = torch.cuda.memory_allocated()
     rows = batches.encode(long_cards(48), tokenizer, cfg.train.seq_length, cfg.dataset.prompt)
     assert all(len(row["input_ids"]) == 512 for row in rows)
-    record = training.fine_tune(model, tokenizer, long_cards(48), cfg, progress=False)
+    record = training.fine_tune(model, tokenizer, long_cards(48), cfg, description=None)
     numbers = {
         "weights, GB": round(loaded / 1e9, 2),
         "most allocated, GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),

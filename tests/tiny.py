@@ -67,7 +67,9 @@ def settings(*overrides, hospitals=4, rounds=3):
 def federate(cfg, app=None, grid=in_process.InProcessGrid, **options):
     """(adapter, tables) of a tiny federation."""
     with grid(app or client(), cfg.federation.num_clients, {}) as nodes:
-        return server_app.federate(nodes, cfg, {key: value.copy() for key, value in START.items()}, **options)
+        return server_app.federate(
+            nodes, cfg, {key: value.copy() for key, value in START.items()}, server_app.Options(**options)
+        )
 
 
 class Shuffled(in_process.InProcessGrid):

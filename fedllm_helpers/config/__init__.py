@@ -43,6 +43,24 @@ def load(source: str | Path | DictConfig = "cpu", *overrides: str, **named: Any)
         key, value = next(iter(named.items()))
         raise ValueError(f"{key}={value!r}: settings are given as texts, as in config.load('cpu', 'seed=3')")
     changes = _changes(overrides)
+    given, config = _merged(source, changes, overrides)
+    said = set(_leaves(changes))
+    _check(config, Config)
+    if config.dataset.prompt != prompts.CHAT:
+        prompts.template(config.dataset.prompt)
+    _settle(config, said)
+    own_file = isinstance(source, (str, Path)) and str(source) not in PRESETS
+    if own_file and not any(".training_arguments." in key for key in said):
+        said |= set(_leaves(given))
+    contradictions.check(config, said)
+    OmegaConf.set_readonly(config, True)
+    return sealed(config)
+
+
+def _merged(
+    source: str | Path | DictConfig, changes: DictConfig, overrides: tuple[str, ...]
+) -> tuple[DictConfig, DictConfig]:
+    """What the source gives, and the whole of it with its changes, typed."""
     try:
         given = source if isinstance(source, DictConfig) else _read(source)
         config = OmegaConf.structured(Config)
@@ -56,10 +74,11 @@ def load(source: str | Path | DictConfig = "cpu", *overrides: str, **named: Any)
         raise ValueError(f"{source}, {' '.join(overrides)}: a list and named settings meet in one place") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{source} cannot be read as YAML settings: {' '.join(str(error).split())}") from None
-    said = set(_leaves(changes))
-    _check(config, Config)
-    if config.dataset.prompt != prompts.CHAT:
-        prompts.template(config.dataset.prompt)
+    return given, config
+
+
+def _settle(config: DictConfig, said: set[str]) -> None:
+    """Let training arguments that were said stand before those of a preset, and check them all."""
     for section in ("train", "federation"):
         arguments, where = config[section].training_arguments, f"{section}.training_arguments."
         try:
@@ -67,12 +86,6 @@ def load(source: str | Path | DictConfig = "cpu", *overrides: str, **named: Any)
         except ValueError as error:
             raise ValueError(f"{where}{error}") from None
         training_arguments.check(arguments, section)
-    own_file = isinstance(source, (str, Path)) and str(source) not in PRESETS
-    if own_file and not any(".training_arguments." in key for key in said):
-        said |= set(_leaves(given))
-    contradictions.check(config, said)
-    OmegaConf.set_readonly(config, True)
-    return sealed(config)
 
 
 def checked(cfg: DictConfig) -> DictConfig:

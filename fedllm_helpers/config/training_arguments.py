@@ -73,7 +73,7 @@ REFUSED = {  # patterns of names, and why they have no place here
     "auto_find_batch_size": "what was trained and promised would depend on the memory",
     "torch_compile* use_liger_kernel liger_kernel_config use_cache neftune_noise_alpha torch_empty_cache_steps": "the "
     "model is trained as it was loaded, and left as it was",
-    "disable_tqdm": "fine_tune(progress=False) leaves the bar out",
+    "disable_tqdm": "fine_tune(description=None) leaves the bar out",
     "logging_nan_inf_filter": "a loss that is not finite ends the training",
     "include_num_input_tokens_seen include_tokens_per_second skip_memory_metrics debug log_level logging_dir": "the "
     "record of a training has its losses, examples, tokens and seconds",

@@ -1,8 +1,8 @@
 """How good a model is: likelihood, greedy answers and multiple choice, with intervals. Taught in notebook 02."""
 
+from fedllm_helpers.evaluation.intervals import Estimate
 from fedllm_helpers.evaluation.scoring import (
     AnswerScores,
-    Estimate,
     accuracy,
     generate,
     mean_nll,

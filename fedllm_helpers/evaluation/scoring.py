@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -17,29 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from fedllm_helpers import limits, models
 from fedllm_helpers.config import checked
 from fedllm_helpers.data.prompts import prompt_ids
+from fedllm_helpers.evaluation.intervals import Estimate, bootstrapped
 from fedllm_helpers.models import fitting
 from fedllm_helpers.training.batches import IGNORED, check_cards, collate, encode, takes_logits_to_keep
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure with its 95 % interval from a bootstrap over ``n`` cards or questions."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def __str__(self) -> str:
-        if self.n < 2:
-            return f"{self.value:.2f} (n = {self.n}, too few for an interval)"
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}] (n = {self.n})"
-
-    def apart_from(self, other: "Estimate") -> bool:
-        """Whether the two intervals do not overlap: stricter than a paired test of the same cards."""
-        return self.high < other.low or other.high < self.low
 
 
 @dataclass(frozen=True)
@@ -149,7 +131,7 @@ def mean_nll(scores: AnswerScores, seed: int = 0) -> Estimate:
         raise ValueError("no card was scored: train.evaluate_split holds out a share of the cards, if it is above 0")
     if len(scores.nll) == 1:
         return Estimate(float(scores.nll[0] / scores.tokens[0]), float("nan"), float("nan"), 1)
-    return _bootstrap(lambda nll, tokens, axis: nll.sum(axis) / tokens.sum(axis), (scores.nll, scores.tokens), seed)
+    return bootstrapped(lambda nll, tokens, axis: nll.sum(axis) / tokens.sum(axis), (scores.nll, scores.tokens), seed)
 
 
 def perplexity(scores: AnswerScores, seed: int = 0) -> Estimate:
@@ -168,12 +150,12 @@ def nll_difference(first: AnswerScores, second: AnswerScores, seed: int = 0) -> 
         raise ValueError("a paired difference needs scores of the same cards in the same order")
     scored = first.tokens > 0
     samples = (first.nll[scored], second.nll[scored], first.tokens[scored])
-    return _bootstrap(lambda a, b, tokens, axis: (a.sum(axis) - b.sum(axis)) / tokens.sum(axis), samples, seed)
+    return bootstrapped(lambda a, b, tokens, axis: (a.sum(axis) - b.sum(axis)) / tokens.sum(axis), samples, seed)
 
 
 def accuracy(correct: np.ndarray, seed: int = 0) -> Estimate:
     """Share of right picks, with a bootstrap over questions."""
-    return _bootstrap(lambda right, axis: right.mean(axis), (np.asarray(correct, dtype=float),), seed)
+    return bootstrapped(lambda right, axis: right.mean(axis), (np.asarray(correct, dtype=float),), seed)
 
 
 @torch.no_grad()
@@ -203,18 +185,25 @@ def generate(
             f"the model has {positions} positions for both"
         )
     sizes = {len(each) for each in ids} if tokenizer.padding_side == "right" else {length}  # no padding on the left
-    answers, ends = [""] * len(ids), fitting.end_tokens(model, tokenizer)
+    answers = [""] * len(ids)
     for size in sorted(sizes) if ids else ():
         part = [i for i, each in enumerate(ids) if len(each) == size or len(sizes) == 1]
-        given = tokenizer.pad({"input_ids": [ids[i] for i in part]}, return_tensors="pt", padding_side="left")
-        tokens = {key: given[key].to(model.device) for key in ("input_ids", "attention_mask")}
-        out = model.generate(
-            **tokens, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
-        )
-        new = [list(takewhile(lambda token: token not in ends, row)) for row in out[:, size:].tolist()]
-        for i, text in zip(part, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-            answers[i] = text.strip()
+        for i, text in zip(part, _answers(model, tokenizer, [ids[i] for i in part], max_new_tokens), strict=True):
+            answers[i] = text
     return answers
+
+
+def _answers(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
+) -> list[str]:
+    """The greedy continuations of prompts in one batch, up to an end token."""
+    ends, padding = fitting.end_tokens(model, tokenizer), {"return_tensors": "pt", "padding_side": "left"}
+    given = tokenizer.pad({"input_ids": prompts}, **padding)
+    tokens = {key: given[key].to(model.device) for key in ("input_ids", "attention_mask")}
+    options = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+    out = model.generate(**tokens, max_new_tokens=max_new_tokens, **options)[:, tokens["input_ids"].shape[1] :]
+    rows = [list(takewhile(lambda token: token not in ends, row)) for row in out.tolist()]
+    return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 
 @torch.no_grad()
@@ -230,20 +219,6 @@ def _batch_losses(model: PeftModel, batch: dict[str, torch.Tensor]) -> tuple[np.
     losses = torch.zeros(labels.shape, device=labels.device)
     losses[mask] = torch.nn.functional.cross_entropy(logits, labels[mask], reduction="none")
     return losses.double().cpu().numpy(), mask.cpu().numpy()
-
-
-def _bootstrap(statistic: Callable, samples: tuple[np.ndarray, ...], seed: int) -> Estimate:
-    from scipy.stats import bootstrap  # clients score without intervals, and start the faster
-
-    n = len(samples[0])
-    value = float(statistic(*samples, axis=0))
-    if n < 2:
-        raise ValueError(f"an interval needs at least 2 cards, there are {n}")
-    rng = np.random.default_rng(seed)
-    interval = bootstrap(
-        samples, statistic, paired=True, vectorized=True, method="percentile", n_resamples=2000, rng=rng
-    ).confidence_interval
-    return Estimate(value, float(interval.low), float(interval.high), n)
 
 
 def _bar(total: int, description: str | None) -> tqdm:

@@ -65,7 +65,7 @@ def train(message: Message, context: Context) -> Message:
         before = [_loss(cfg, probe) for probe in losses]
         options = {"learning_rate": float(orders["lr"]), "proximal_mu": mu, "trainer": trainer}
         with editing.only_trained(model, rules.trained(cfg, number)):
-            record = training.fine_tune(model, tokenizer, cards, local, **options, progress=False)
+            record = training.fine_tune(model, tokenizer, cards, local, **options, description=None)
         after, adapter = [_loss(cfg, probe) for probe in losses], models.get_adapter(model)
     rules.keep(cfg, adapter, context)
     metrics = {"partition-id": hospital, "num-examples": len(mine)}

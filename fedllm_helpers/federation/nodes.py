@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from omegaconf import DictConfig
@@ -11,11 +12,26 @@ from omegaconf import DictConfig
 from fedllm_helpers import config
 from fedllm_helpers.adapters.packing import send
 from fedllm_helpers.adapters.screening import LIMITS, looked_at, read_numbers
+from fedllm_helpers.training.fine_tuning import Round
 
 logger = logging.getLogger(__name__)
 
 AWAY = 60.0  # seconds without a node before another may take its place: Flower shows a dead one as online for so long
 Answers = dict[int, tuple[int, int] | None]  # (hospital, how many there are) by node; None for one that makes no sense
+
+
+def sample(cfg: DictConfig, step: Round, present: Iterable[int], *purpose: int) -> tuple[list[int], list[int]]:
+    """The hospitals of a round in order, drawn by seed, round and purpose alone: to be asked, and not connected.
+
+    They are drawn from all; for one that is not there, another is drawn of those that are.
+    """
+    everyone, present = np.arange(cfg.federation.num_clients), set(present)
+    rng = np.random.default_rng([cfg.seed, step.number, *purpose])
+    drawn = rng.choice(everyone, size=min(step.clients, len(everyone)), replace=False).tolist()
+    asked, away = [k for k in drawn if k in present], [k for k in drawn if k not in present]
+    others = sorted(present - set(asked))
+    asked += rng.choice(others, size=min(len(away), len(others)), replace=False).tolist() if away and others else []
+    return sorted(asked), sorted(away)
 
 
 def join(grid: Grid, cfg: DictConfig) -> tuple[DictConfig, Answers]:

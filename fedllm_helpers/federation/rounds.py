@@ -20,7 +20,7 @@ from fedllm_helpers.aggregation.edits import Base
 from fedllm_helpers.communication.codec import layout
 from fedllm_helpers.communication.compression import restored
 from fedllm_helpers.config.schema import BY_PRODUCT
-from fedllm_helpers.federation.nodes import send
+from fedllm_helpers.federation.nodes import sample, send
 from fedllm_helpers.federation.outgoing import Outgoing, formats, masks, training_orders
 from fedllm_helpers.federation.tables import NUMBERS, Tables, summary
 from fedllm_helpers.privacy import noise
@@ -53,20 +53,6 @@ class _Turn:
     asked: list[int]
     out: Outgoing
     left: list[Reply] = field(default_factory=list)
-
-
-def sample(cfg: DictConfig, step: Round, present: Iterable[int], *purpose: int) -> tuple[list[int], list[int]]:
-    """The hospitals of a round in order, drawn by seed, round and purpose alone: to be asked, and not connected.
-
-    They are drawn from all; for one that is not there, another is drawn of those that are.
-    """
-    everyone, present = np.arange(cfg.federation.num_clients), set(present)
-    rng = np.random.default_rng([cfg.seed, step.number, *purpose])
-    drawn = rng.choice(everyone, size=min(step.clients, len(everyone)), replace=False).tolist()
-    asked, away = [k for k in drawn if k in present], [k for k in drawn if k not in present]
-    others = sorted(present - set(asked))
-    asked += rng.choice(others, size=min(len(away), len(others)), replace=False).tolist() if away and others else []
-    return sorted(asked), sorted(away)
 
 
 def run_round(run: Federation, step: Round, adapter: Adapter, names: dict[int, int]) -> tuple[Adapter, dict[str, Any]]:

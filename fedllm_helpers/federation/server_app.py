@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,21 @@ logger = logging.getLogger(__name__)
 app = ServerApp()
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is scored, kept and shown between the rounds of a federation.
+
+    ``evaluate`` scores an adapter on the server, in nats per answer token; ``keep`` saves one under a name, after every
+    ``train.save_every_round`` rounds; ``folder`` is that of the checkpoints, one after every round; ``progress`` is
+    ``"bar"`` over rounds and clients, ``"lines"``, one for each round, or nothing.
+    """
+
+    evaluate: Callable[[Adapter], float] | None = None
+    keep: Callable[[Adapter, str], None] | None = None
+    folder: Path | None = None
+    progress: str = ""
+
+
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run a federation from a run's settings; the result goes into ``context.state`` and, with a folder, to disk.
@@ -51,10 +67,10 @@ def main(grid: Grid, context: Context) -> None:
         seen = fingerprint(cfg, cards="cards" not in given and bool(cfg.federation.evaluate_every))
         origin = provenance(cfg, fingerprint={**seen, "cards": str(given.get("cards", seen["cards"]))})
         keep = partial(_keep, cfg, base, folder) if folder else None
-        how = {"evaluate": _evaluation(cfg, base), "keep": keep, "folder": folder, "progress": progress}
+        options = Options(_evaluation(cfg, base), keep, folder, progress)
         if folder:
             run_folders.check_origin(folder, origin)
-        adapter, tables = federate(grid, cfg, start, **how, base=base, answers=answers)
+        adapter, tables = federate(grid, cfg, start, options, base=base, answers=answers)
         rows = {"history": json.dumps(tables.history), "clients": json.dumps(tables.clients)}
         context.state["adapter"], context.state["tables"] = to_record(adapter), ConfigRecord(rows)
         context.state["edit"] = to_record(base.whole())
@@ -107,11 +123,8 @@ def federate(
     grid: Grid,
     cfg: DictConfig,
     adapter: Adapter,
+    options: Options = Options(),
     *,
-    evaluate: Callable[[Adapter], float] | None = None,
-    keep: Callable[[Adapter, str], None] | None = None,
-    folder: Path | None = None,
-    progress: str = "",
     base: Base | None = None,
     answers: Answers | None = None,
 ) -> tuple[Adapter, Tables]:
@@ -121,10 +134,7 @@ def federate(
         grid: Flower's, or the one in this process.
         cfg: its ``federation`` and ``train`` sections are used.
         adapter: to start from.
-        evaluate: scores an adapter on the server, in nats per answer token.
-        keep: saves an adapter under a name, after every ``train.save_every_round`` rounds.
-        folder: of the checkpoints, one after every round.
-        progress: ``"bar"`` over rounds and clients, ``"lines"``, one for each round, or nothing.
+        options: what is scored, kept and shown on the way.
         base: takes what FLoRA and FedEx-LoRA add to the base model.
         answers: of nodes that have said which hospital they are, from :func:`fedllm_helpers.federation.nodes.join`.
 
@@ -139,6 +149,7 @@ def federate(
     """
     strategy, plan, base = strategies.make_strategy(cfg), training.rounds(cfg), Base() if base is None else base
     rules.check_shapes(cfg, adapter)
+    folder, progress, evaluate = options.folder, options.progress, options.evaluate
     before, tables, done, seats = checkpoints.latest(folder, cfg) if folder else None, Tables(), 0, {}
     if before:
         adapter, tables, done = _restore(before, cfg, strategy, grid, base)
@@ -148,13 +159,14 @@ def federate(
     with bar(plan[done:], progress == "bar") as shown:
         for step in plan[done:]:
             names, answers, start = hospitals(grid, cfg, seats, answers), None, time.perf_counter()
-            adapter, row = run_round(Federation(grid, cfg, strategy, tables, base, shown), step, adapter, names)
+            run = Federation(grid, cfg, strategy, tables, base, shown)
+            adapter, row = run_round(run, step, adapter, names)
             if evaluate and (step.number == len(plan) or step.number % cfg.federation.evaluate_every == 0):
                 row["nll"] = evaluate(adapter)
             tables.history.append({**row, "seconds": time.perf_counter() - start})
             if progress == "lines":
                 print(report(tables.history[-1], len(plan)), flush=True)
-            _save(folder, cfg, step, adapter, strategy, grid, tables, keep, base)
+            _save(run, options, step, adapter)
     return adapter, tables
 
 
@@ -172,24 +184,13 @@ def _restore(
     return before.adapter, Tables(before.history, before.clients), before.number
 
 
-def _save(
-    folder: Path | None,
-    cfg: DictConfig,
-    step: training.Round,
-    adapter: Adapter,
-    strategy: Strategy,
-    grid: Grid,
-    tables: Tables,
-    keep: Callable[[Adapter, str], None] | None,
-    base: Base,
-) -> None:
-    if keep and step.saved:
-        with checkpoints.kept_or_said(folder, f"the adapter of round {step.number}"):
-            keep(adapter, f"adapters/round-{step.number:06d}")
-    if folder:
-        arrays, kinds = strategies.strategy_state(strategy)
-        states = grid.remembered() if hasattr(grid, "remembered") else {}
-        rows = (tables.history, tables.clients)
-        checkpoints.save(
-            folder, cfg, checkpoints.Checkpoint(step.number, adapter, arrays, kinds, *rows, states, base.edits)
-        )
+def _save(run: Federation, options: Options, step: training.Round, adapter: Adapter) -> None:
+    if options.keep and step.saved:
+        with checkpoints.kept_or_said(options.folder, f"the adapter of round {step.number}"):
+            options.keep(adapter, f"adapters/round-{step.number:06d}")
+    if options.folder:
+        arrays, kinds = strategies.strategy_state(run.strategy)
+        states = run.grid.remembered() if hasattr(run.grid, "remembered") else {}
+        rows = (run.tables.history, run.tables.clients)
+        kept = checkpoints.Checkpoint(step.number, adapter, arrays, kinds, *rows, states, run.base.edits)
+        checkpoints.save(options.folder, run.cfg, kept)

@@ -78,7 +78,7 @@ def train_arm(cfg: DictConfig, arm: str, rate: float) -> tuple[Adapter, pd.DataF
         )
         model, tokenizer = base_model(cfg)
         models.set_adapter(model, adapter)
-        training.fine_tune(model, tokenizer, _cards(cfg, rest), local, learning_rate=rate, progress=False)
+        training.fine_tune(model, tokenizer, _cards(cfg, rest), local, learning_rate=rate, description=None)
         adapter = models.get_adapter(model)
     return adapter, history
 

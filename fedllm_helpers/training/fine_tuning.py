@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,13 +17,11 @@ import torch
 from datasets import Dataset
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
-from tqdm import tqdm
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -33,6 +30,7 @@ from fedllm_helpers import folders, limits, models
 from fedllm_helpers.config import checked, contradictions
 from fedllm_helpers.training import memory
 from fedllm_helpers.training.batches import LengthBatches, check_cards, collate, encode, takes_logits_to_keep
+from fedllm_helpers.training.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 HISTORY = ["step", "loss", "learning_rate"]
@@ -72,8 +70,7 @@ def fine_tune(
     learning_rate: float | None = None,
     proximal_mu: float = 0.0,
     trainer: Callable[..., "AdapterTrainer"] | None = None,
-    description: str = "training",
-    progress: bool = True,
+    description: str | None = "training",
 ) -> TrainingRecord:
     """Train the adapter in place with ``transformers.Trainer``, on the answers alone. Taught in notebook 02.
 
@@ -85,7 +82,7 @@ def fine_tune(
         proximal_mu: μ of FedProx, which adds ½ μ‖w − w₀‖² to the loss, w₀ the adapter as it comes (Li et al. 2020,
             arXiv:1812.06127); the loss reported is without it.
         trainer: makes another Trainer, such as one with DP-SGD (:func:`fedllm_helpers.training.dp_sgd.trainer`).
-        description, progress: of the bar with loss and time left, and whether to show it.
+        description: of the bar with loss and time left; None shows none.
 
     Returns:
         A record of the loss, the examples and tokens seen, the share of padding, and the seconds.
@@ -98,24 +95,29 @@ def fine_tune(
     limits.number("learning_rate", 1.0 if learning_rate is None else learning_rate)
     rows = _encoded(cards, tokenizer, cfg)
     collator = partial(collate, tokenizer=tokenizer, answer_logits_only=takes_logits_to_keep(model))
-    before, bar = models.get_adapter(model), [_ProgressBar(description)] if progress else []
+    bar = [] if description is None else [ProgressBar(description)]
     with tempfile.TemporaryDirectory() as scratch:
         arguments = _training_arguments(cfg, model.device.type, learning_rate, scratch)
         trainer = (trainer or AdapterTrainer)(model, arguments, collator, rows, bar, proximal_mu)
-        start = time.perf_counter()
-        try:
-            trainer.train()
-        except BaseException:
-            models.set_adapter(model, before)
-            raise
-        finally:
-            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # of accelerate's own settings
-            model.eval()
-    seconds = time.perf_counter() - start
+        seconds = _train(trainer, model)
     memory.release()
     history = pd.DataFrame([row for row in trainer.state.log_history if "loss" in row], columns=HISTORY)
     share = 1 - trainer.tokens / max(trainer.cells, 1)
     return TrainingRecord(history, trainer.examples, trainer.tokens, share, seconds)
+
+
+def _train(trainer: "AdapterTrainer", model: PeftModel) -> float:
+    """Train, in so many seconds; whatever ends it early, the model is as it was before, and set to evaluate."""
+    before, start = models.get_adapter(model), time.perf_counter()
+    try:
+        trainer.train()
+    except BaseException:
+        models.set_adapter(model, before)
+        raise
+    finally:
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # of accelerate's own settings
+        model.eval()
+    return time.perf_counter() - start
 
 
 def _encoded(cards: Dataset, tokenizer: PreTrainedTokenizerBase, cfg: DictConfig) -> list[dict]:
@@ -226,26 +228,3 @@ class AdapterTrainer(Trainer):
         self.kept.append(models.save_adapter(self.model, folder))
         while len(self.kept) > (self.args.save_total_limit or len(self.kept)):  # of this training; others' stay
             folders.remove(self.kept.pop(0), *folders.ADAPTER)
-
-
-class _ProgressBar(TrainerCallback):
-    def __init__(self, description: str) -> None:
-        self.description, self.bar = description, None
-
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kw: Any) -> None:
-        """Start the bar on stdout, where a notebook keeps its last line and no error stream."""
-        style = {"unit": "step", "file": sys.stdout, "ncols": 100, "mininterval": 0.5}
-        self.bar = tqdm(total=state.max_steps, desc=self.description, **style)
-
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kw: Any) -> None:
-        """One step on."""
-        self.bar.update()
-
-    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict | None = None, **kw: Any) -> None:
-        """Show the loss beside the time left."""
-        if self.bar is not None and logs and "loss" in logs:
-            self.bar.set_postfix_str(f"loss {float(logs['loss']):.2f}", refresh=False)
-
-    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kw: Any) -> None:
-        """Leave the finished line."""
-        self.bar.close()

@@ -457,12 +457,12 @@ def test_no_node_takes_the_place_of_another_that_is_there_or_was_a_minute_ago(ca
 def test_hospitals_that_are_not_connected_are_drawn_told_and_replaced():
     cfg = tiny.settings("federation.fraction_train=0.5", hospitals=10)
     for step in training.rounds(tiny.settings("federation.fraction_train=0.5", hospitals=10, rounds=20)):
-        everyone, nobody = rounds.sample(cfg, step, range(10))
-        asked, missing = rounds.sample(cfg, step, {0, 2, 4, 6, 7, 8, 9})
+        everyone, nobody = nodes.sample(cfg, step, range(10))
+        asked, missing = nodes.sample(cfg, step, {0, 2, 4, 6, 7, 8, 9})
         assert not nobody and len(everyone) == len(asked) == 5
         assert missing == sorted(set(everyone) & {1, 3, 5}) and set(everyone) - set(missing) <= set(asked)
-        assert rounds.sample(cfg, step, {3})[0] == [3]
-    drawn = [rounds.sample(cfg, step, range(10), *purpose)[0] for purpose in ((), (1,))]
+        assert nodes.sample(cfg, step, {3})[0] == [3]
+    drawn = [nodes.sample(cfg, step, range(10), *purpose)[0] for purpose in ((), (1,))]
     assert drawn[0] != drawn[1]
 
 

@@ -64,7 +64,7 @@ def test_a_canary_that_was_learned_is_exposed_and_read_out(fresh, cards):
     planted = leakage.canaries((0, 16), seed=3)
     together = leakage.plant(cards[0].filter(lambda card: card["specialty"] == "eye").select(range(8)), planted, "eye")
     cfg = config.load("cpu", "train.training_arguments.max_steps=12", "train.training_arguments.learning_rate=5e-3")
-    training.fine_tune(model, tokenizer, together, cfg, progress=False)
+    training.fine_tune(model, tokenizer, together, cfg, description=None)
     never, often = (leakage.exposure(model, tokenizer, canary, CFG) for canary in planted)
     assert often > 9 and often > never
     assert leakage.extracted(model, tokenizer, planted[1], CFG) and not leakage.extracted(

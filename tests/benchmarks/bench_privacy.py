@@ -30,7 +30,7 @@ def steps() -> None:
         for name, trainer in (("plain", None), ("DP-SGD", dp_sgd.trainer(plan, np.random.SeedSequence(0)))):
             models.set_adapter(model, start)
             record = training.fine_tune(
-                model, tokenizer, cards, local, learning_rate=1e-4, trainer=trainer, progress=False
+                model, tokenizer, cards, local, learning_rate=1e-4, trainer=trainer, description=None
             )
             if turn:  # the first is for warming up
                 seconds[name].append(record.seconds / STEPS)

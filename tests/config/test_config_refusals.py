@@ -75,7 +75,7 @@ train.training_arguments.torch_compile=true | as it was loaded
 train.training_arguments.neftune_noise_alpha=5 | as it was loaded
 train.training_arguments.auto_find_batch_size=true | depend on the memory
 train.training_arguments.lr_scheduler_kwargs={num_cycles:2} | need none
-train.training_arguments.disable_tqdm=false | fine_tune(progress=False)
+train.training_arguments.disable_tqdm=false | fine_tune(description=None)
 train.training_arguments.learning_rat=1 | did you mean 'learning_rate'
 train.training_arguments.colour=blue | taken are per_device_train_batch_size
 train.training_arguments.weight_decay=lots | allowed are numbers from 0 to 1
@@ -216,7 +216,7 @@ def test_what_is_taken_has_its_effect(loaded, cards, cfg):
         models.set_adapter(model, before)
         given = ["train.training_arguments.per_device_train_batch_size=3", "train.training_arguments.max_steps=2"]
         changed = config.load(config.load(cfg, *given), *(f"train.training_arguments.{one}" for one in changes))
-        record = training.fine_tune(model, tokenizer, few, changed, progress=False)
+        record = training.fine_tune(model, tokenizer, few, changed, description=None)
         return record, models.get_adapter(model)
 
     plain, after = trained()

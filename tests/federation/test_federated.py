@@ -123,7 +123,7 @@ def test_fedprox_keeps_the_adapter_near_where_it_came_from(fresh, cards, cfg):
     before, moved = models.get_adapter(model), {}
     for mu in (0.0, 1000.0):
         models.set_adapter(model, before)
-        training.fine_tune(model, tokenizer, cards[0], cfg, proximal_mu=mu, progress=False)
+        training.fine_tune(model, tokenizer, cards[0], cfg, proximal_mu=mu, description=None)
         after = models.get_adapter(model)
         moved[mu] = sum(float(((after[key] - before[key]) ** 2).sum()) for key in before)
     assert moved[1000.0] < 0.7 * moved[0.0]
@@ -242,7 +242,7 @@ def test_a_client_that_raises_leaves_the_model_as_the_next_one_needs_it(fresh, c
     broken = {key: np.full_like(array, np.inf) for key, array in models.get_adapter(model).items()}
     models.set_adapter(model, broken)
     with pytest.raises(FloatingPointError):
-        training.fine_tune(model, tokenizer, cards[0], cfg, progress=False)
+        training.fine_tune(model, tokenizer, cards[0], cfg, description=None)
     assert not model.training
     assert all(np.isposinf(value).all() for value in models.get_adapter(model).values())
 

@@ -63,7 +63,7 @@ def one_line(error, match, call, *arguments, **options):
 def test_families_train_answer_save_and_reopen(folder_of, tmp_path, family, targets):
     cfg = settings(folder_of(family), *([f"model.lora.target_modules=[{targets}]"] if targets else []))
     model, tokenizer = models.load(cfg)
-    record = training.fine_tune(model, tokenizer, CARDS, cfg, progress=False, proximal_mu=0.1)
+    record = training.fine_tune(model, tokenizer, CARDS, cfg, description=None, proximal_mu=0.1)
     assert np.isfinite(record.history["loss"]).all() and len(record.history) == 2
     assert len(evaluation.generate(model, tokenizer, ["What is 3?", "And?"], CFG, max_new_tokens=3)) == 2
     saved, again = models.save_adapter(model, tmp_path / "adapter"), models.load(cfg)[0]
@@ -111,7 +111,7 @@ def test_padding_changes_no_score_and_no_answer_or_is_refused(folder_of, family,
     questions = ["It?", "What is it, and why is it a thing?", "Is it?"]
     one_by_one = [evaluation.generate(model, tokenizer, [each], CFG, max_new_tokens=8)[0] for each in questions]
     assert evaluation.generate(model, tokenizer, questions, CFG, max_new_tokens=8) == one_by_one and any(one_by_one)
-    training.fine_tune(model, tokenizer, CARDS, cfg, learning_rate=0.1, progress=False)
+    training.fine_tune(model, tokenizer, CARDS, cfg, learning_rate=0.1, description=None)
     together, alone = (evaluation.score_answers(model, tokenizer, CARDS, CFG, batch_size=n).nll for n in (6, 1))
     assert together == pytest.approx(alone, rel=1e-5)
 

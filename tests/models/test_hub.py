@@ -22,7 +22,7 @@ cfg = config.load("course")
 train, test = data.load(cfg)
 model, tokenizer = models.load(cfg)
 print(*model.get_nb_trainable_parameters(), len(train), len(test))
-record = training.fine_tune(model, tokenizer, train, cfg, progress=False)
+record = training.fine_tune(model, tokenizer, train, cfg, description=None)
 scores = evaluation.score_answers(model, tokenizer, test, cfg)
 print(record.examples, evaluation.mean_nll(scores).n)
 """

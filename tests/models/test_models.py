@@ -308,7 +308,7 @@ def test_a_quantized_model_is_scored_trained_and_scored_again(cfg, cards, loaded
     model, tokenizer = models.load(once)
     start, whole = models.get_adapter(model), evaluation.score_answers(*loaded, few, CFG)
     untuned = evaluation.score_answers(model, tokenizer, few, CFG)
-    history = training.fine_tune(model, tokenizer, cards[0], once, progress=False).history
+    history = training.fine_tune(model, tokenizer, cards[0], once, description=None).history
     tuned = evaluation.score_answers(model, tokenizer, few, CFG)
     models.set_adapter(model, start)
     assert evaluation.score_answers(model, tokenizer, few, CFG).nll == pytest.approx(untuned.nll, rel=1e-3)

@@ -183,7 +183,7 @@ def test_a_step_is_the_sum_of_clipped_gradients_of_single_cards(exact, cards):
         local,
         learning_rate=0.1,
         trainer=dp_sgd.trainer(plan, np.random.SeedSequence(0)),
-        progress=False,
+        description=None,
     )
     moved = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
     models.set_adapter(model, adapter)
@@ -203,7 +203,7 @@ def test_adapters_move_and_the_model_is_left_as_it_was_found(exact, cards):
         local,
         learning_rate=1e-3,
         trainer=dp_sgd.trainer(plan, np.random.SeedSequence(0)),
-        progress=False,
+        description=None,
     )
     after = models.get_adapter(model)
     assert all((after[key] != adapter[key]).any() for key in adapter)  # Opacus issue 820: ε spent, nothing moved
@@ -225,7 +225,7 @@ def test_an_empty_batch_takes_its_step_by_noise_of_the_promised_size(exact, card
     for seed in (0, 1):
         models.set_adapter(model, adapter)
         trainer = dp_sgd.trainer(plan, np.random.SeedSequence(seed))
-        record = training.fine_tune(model, tokenizer, some, local, learning_rate=1.0, trainer=trainer, progress=False)
+        record = training.fine_tune(model, tokenizer, some, local, learning_rate=1.0, trainer=trainer, description=None)
         after = models.get_adapter(model)
         steps.append(np.concatenate([(after[key] - adapter[key]).ravel() for key in adapter]))
         assert record.examples == 0 and steps[-1].std() == pytest.approx(0.7 * 2.0 / 4, rel=0.01)
@@ -246,11 +246,11 @@ def test_a_training_that_was_stopped_leaves_a_model_that_trains(exact, cards):
     local = training.round_config(cfg, max_steps=2, per_device_train_batch_size=2)
     with pytest.raises(KeyboardInterrupt):
         stopped = partial(Stopped, plan=plan, seed=np.random.SeedSequence(0))
-        training.fine_tune(model, tokenizer, few, local, learning_rate=1e-3, trainer=stopped, progress=False)
+        training.fine_tune(model, tokenizer, few, local, learning_rate=1e-3, trainer=stopped, description=None)
     after = models.get_adapter(model)
     assert all((after[key] == adapter[key]).all() for key in adapter)
     again = dp_sgd.trainer(plan, np.random.SeedSequence(0))
-    record = training.fine_tune(model, tokenizer, more, local, learning_rate=1e-3, trainer=again, progress=False)
+    record = training.fine_tune(model, tokenizer, more, local, learning_rate=1e-3, trainer=again, description=None)
     assert record.examples > 8
     models.set_adapter(model, adapter)
 

@@ -87,7 +87,7 @@ def test_an_open_update_is_the_federation_s_and_tells_its_specialty(scene, tmp_p
     local = training.round_config(staged, 1, 2)
     with client_app.cpu_threads(staged):
         cards = client_app.cards_of_round(mine, staged, 1, 2)
-        training.fine_tune(model, tokenizer, cards, local, learning_rate=8e-3, progress=False)
+        training.fine_tune(model, tokenizer, cards, local, learning_rate=8e-3, description=None)
     by_hand = models.get_adapter(model)
     assert all(np.array_equal(by_hand[key] - start[key], update[key]) for key in start)
 

@@ -58,7 +58,7 @@ def step(cfg, model, tokenizer, limit, noise=0.0):
     before = torch.cat([p.detach().flatten() for p in trained])
     plan = accounting.RecordPrivacy(noise, limit, 1.0, 1, 1e-3, math.inf)
     private = dp_sgd.trainer(plan, np.random.SeedSequence(0))
-    training.fine_tune(model, tokenizer, CARDS, cfg, learning_rate=1.0, trainer=private, progress=False)
+    training.fine_tune(model, tokenizer, CARDS, cfg, learning_rate=1.0, trainer=private, description=None)
     return before - torch.cat([p.detach().flatten() for p in trained])
 
 
@@ -155,6 +155,6 @@ def test_fedprox_passes_over_layers_without_a_gradient(folder_of, family, target
         for p, value in zip(trained, start, strict=True):
             p.copy_(value)
     model.zero_grad()
-    training.fine_tune(model, tokenizer, CARDS, cfg, learning_rate=0.1, proximal_mu=0.5, progress=False)
+    training.fine_tune(model, tokenizer, CARDS, cfg, learning_rate=0.1, proximal_mu=0.5, description=None)
     for p, value in zip(trained, expected, strict=True):
         torch.testing.assert_close(p.detach(), value, rtol=1e-3, atol=1e-5)

@@ -64,5 +64,5 @@ def test_a_program_that_froze_its_objects_finds_them_frozen():
 def test_a_training_that_fails_leaves_nothing_set_aside(fresh, cards, cfg):
     model, tokenizer = fresh
     with pytest.raises(ValueError, match="leaves 108 of them no token"):
-        training.fine_tune(model, tokenizer, cards[0], config.load(cfg, "train.seq_length=2"), progress=False)
+        training.fine_tune(model, tokenizer, cards[0], config.load(cfg, "train.seq_length=2"), description=None)
     assert gc.get_freeze_count() < memory.FEW

@@ -82,10 +82,10 @@ def test_padding_waste_is_at_most_a_tenth(loaded, cfg):
 def test_same_seed_same_adapter_to_the_last_bit_and_it_learns(fresh, cards, cfg):
     model, tokenizer = fresh
     start = models.get_adapter(model)
-    first = training.fine_tune(model, tokenizer, cards[0], cfg, progress=False)
+    first = training.fine_tune(model, tokenizer, cards[0], cfg, description=None)
     tuned = models.get_adapter(model)
     models.set_adapter(model, start)
-    second = training.fine_tune(model, tokenizer, cards[0], cfg, progress=False)
+    second = training.fine_tune(model, tokenizer, cards[0], cfg, description=None)
     again = models.get_adapter(model)
     assert all(np.array_equal(tuned[key], again[key]) for key in tuned)
     assert first.history.equals(second.history) and len(first.history) == 4
@@ -97,7 +97,7 @@ def test_tuned_is_better_on_held_out_cards_than_untuned(fresh, cards, cfg):
     model, tokenizer = fresh
     untuned = evaluation.score_answers(model, tokenizer, cards[1], CFG)
     training.fine_tune(
-        model, tokenizer, cards[0], config.load(cfg, "train.training_arguments.max_steps=12"), progress=False
+        model, tokenizer, cards[0], config.load(cfg, "train.training_arguments.max_steps=12"), description=None
     )
     gain = evaluation.nll_difference(untuned, evaluation.score_answers(model, tokenizer, cards[1], CFG))
     assert gain.low > 0.1
@@ -108,7 +108,7 @@ def test_a_loss_that_is_not_finite_stops_and_puts_the_adapter_back(fresh, cards,
     broken = {key: np.full_like(array, np.inf) for key, array in models.get_adapter(model).items()}
     models.set_adapter(model, broken)
     with pytest.raises(FloatingPointError, match="lower the rate"):
-        training.fine_tune(model, tokenizer, cards[0], cfg, progress=False)
+        training.fine_tune(model, tokenizer, cards[0], cfg, description=None)
     assert all(np.isinf(array).all() for array in models.get_adapter(model).values())
 
 
@@ -141,7 +141,7 @@ def test_checkpointing_and_right_padding_train_to_the_same_loss(cards, cfg):
     }.items():
         changed = config.load(cfg, "train.training_arguments.max_steps=3", *overrides)
         model, tokenizer = models.load(changed)
-        first[name] = training.fine_tune(model, tokenizer, cards[0], changed, progress=False).history["loss"]
+        first[name] = training.fine_tune(model, tokenizer, cards[0], changed, description=None).history["loss"]
     assert first["checkpointing"].tolist() == pytest.approx(first["plain"].tolist(), rel=5e-3)
     assert first["right"].tolist() == pytest.approx(first["plain"].tolist(), rel=0.02)
 
@@ -153,7 +153,7 @@ def test_real_rows_train_by_file_name(wikidoc, fresh):
                       "dataset.max_cards_per_specialty=null")  # fmt: skip
     train, _ = data.load(cfg)
     assert len(train) > 4_500, "all rows, less the held-out ones"
-    record = training.fine_tune(model, tokenizer, train, cfg, progress=False)
+    record = training.fine_tune(model, tokenizer, train, cfg, description=None)
     assert record.examples == 16 and np.isfinite(record.history["loss"]).all()
 
 
@@ -166,5 +166,5 @@ def test_rows_of_one_file_as_a_learner_writes_them(tmp_path, fresh, cfg):
     )
     train, test = data.load(mine)
     assert (len(train), len(test)) == (9, 0)
-    record = training.fine_tune(*fresh, train, mine, progress=False)
+    record = training.fine_tune(*fresh, train, mine, description=None)
     assert record.examples == 18 and record.history["loss"].iloc[-1] < record.history["loss"].iloc[0]
