@@ -1,7 +1,7 @@
 """A Flower strategy around another: what a technique does not change goes through as it is."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -36,17 +36,22 @@ class Wrapper(Strategy):
     def __init__(self, strategy: Strategy, reads: str = "") -> None:
         if not isinstance(strategy, Strategy):
             raise TypeError(f"{type(self).__name__} wraps a strategy such as FedAvg(), given is {strategy!r:.60}")
-        self.reads, inner = reads, strategy
-        while reads and isinstance(inner, Wrapper):
+        self.strategy, self.reads = strategy, reads
+        for inner in self.within() if reads else ():
             if inner.reads:
                 mine, other = type(self).__name__, type(inner).__name__
                 raise ValueError(
                     f"{mine} reads {reads}, and {other} within it {inner.reads}: one of them has to leave the replies "
                     "alone, as Compressed(Masked(…), up=None) does"
                 )
-            inner = inner.strategy
-        self.strategy = strategy
         self.sent: dict[int, ArrayRecord] = {}
+
+    def within(self) -> Iterator["Wrapper"]:
+        """The wrappers within this one, from the next to the innermost."""
+        inner = self.strategy
+        while isinstance(inner, Wrapper):
+            yield inner
+            inner = inner.strategy
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -55,6 +60,10 @@ class Wrapper(Strategy):
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
         self.sent = {message.metadata.dst_node_id: message.content["arrays"] for message in messages}
         return messages
+
+    def asked(self) -> set[int]:
+        """The nodes to which a message of this round went."""
+        return set(self.sent)
 
     def expected(self, node: int) -> Adapter:
         """What a reply of a node is like, and from where its update is measured: what was sent to it, or a rule's word.

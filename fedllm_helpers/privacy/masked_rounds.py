@@ -25,6 +25,7 @@ from fedllm_helpers.adapters.screening import (
     screen,
     shapes_of,
 )
+from fedllm_helpers.adapters.updates import LARGEST_SHARE
 from fedllm_helpers.adapters.wrapping import Wrapper, as_reply
 from fedllm_helpers.privacy import secure_aggregation as secure
 from fedllm_helpers.privacy.masked_clients import MASKED, SENT
@@ -204,6 +205,12 @@ class Masked(Wrapper):
     def __init__(self, strategy: Strategy, threshold: int, **options: Any) -> None:
         super().__init__(strategy, "masked updates")
         self.how, self.session, self.request = Masks(threshold, **options), None, None
+        norms = {inner.clipping_norm for inner in self.within() if hasattr(inner, "clipping_norm")}
+        if norms - {self.how.clipping_norm}:
+            raise ValueError(
+                f"clipping_norm={self.how.clipping_norm}: behind masks only clients can clip, and the noise within is "
+                f"for {norms.pop()}; give both the same"
+            )
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -245,4 +252,6 @@ class Masked(Wrapper):
         opened = self.session.end(start)
         if opened is None:
             return None, None
-        return super().aggregate_train(server_round, [as_reply(opened[0], self.request)])
+        mean = as_reply(opened[0], self.request)
+        mean.content["metrics"][LARGEST_SHARE] = opened[1]
+        return super().aggregate_train(server_round, [mean])

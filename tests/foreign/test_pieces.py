@@ -11,32 +11,17 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from flwr.serverapp.strategy import FedAvg
 
 from fedllm_helpers.adapters.records import from_record, message_bytes, to_record
+from fedllm_helpers.adapters.screened import Screened
 from fedllm_helpers.adapters.wrapping import Wrapper
 from fedllm_helpers.communication import compression
+from fedllm_helpers.communication.metered import Metered
 from fedllm_helpers.federation import in_process
-from fedllm_helpers.privacy import masked_clients, masked_rounds
+from fedllm_helpers.privacy import accounting, masked_clients, masked_rounds
+from fedllm_helpers.privacy.noised import Noised
 
 NODES = 3
 RAY = [pytest.mark.processes, pytest.mark.skipif(find_spec("ray") is None, reason="the extra `sim` is not installed")]
 PLACES = ["in process", pytest.param("ray", marks=RAY)]
-
-
-class Weighed(Wrapper):
-    """The bytes of what goes down and up, as the server sees them."""
-
-    def __init__(self, strategy):
-        super().__init__(strategy)
-        self.down, self.up = [], []
-
-    def configure_train(self, *given):
-        messages = list(super().configure_train(*given))
-        self.down += [message_bytes(message) for message in messages]
-        return messages
-
-    def aggregate_train(self, server_round, replies):
-        replies = list(replies)
-        self.up += [message_bytes(reply) for reply in replies]
-        return super().aggregate_train(server_round, replies)
 
 
 def plain():
@@ -94,11 +79,12 @@ def test_compression_in_their_app(family, place):
         ({"up": "int4", "down": "int8"}, 3.5, 1 / 7),
         ({"up": "int8", "keep": 0.25}, 3.9, 1.0),
     ):
-        weighed, open_ = Weighed(compression.Compressed(plain(), **formats)), Weighed(plain())
+        weighed, open_ = Metered(compression.Compressed(plain(), **formats)), Metered(plain())
         adapter = run(weighed, [compression.mod], place, family, rounds=1)
         reference = run(open_, place=place, family=family, rounds=1)
-        assert sum(open_.up) > times * sum(weighed.up)
-        assert (sum(weighed.down) < 0.8 * sum(open_.down)) == ("down" in formats)
+        few, all_ = (each.ledger().groupby("direction")["bytes"].sum() for each in (weighed, open_))
+        assert all_["up"] > times * few["up"]
+        assert (few["down"] < 0.8 * all_["down"]) == ("down" in formats)
         largest = max(float(np.abs(value).max()) for update in updates for value in update.values())
         assert 0 < far(adapter, mean) <= off * largest and far(reference, mean) < 1e-6
 
@@ -140,7 +126,7 @@ def test_formats_that_there_are_not_are_one_line(given, says):
     [
         lambda: compression.Compressed(masked_rounds.Masked(plain(), threshold=2), up="int8"),
         lambda: masked_rounds.Masked(compression.Compressed(plain(), up="int8"), threshold=2),
-        lambda: compression.Compressed(Weighed(compression.Compressed(plain(), up="int8")), down="fp16"),
+        lambda: compression.Compressed(Metered(compression.Compressed(plain(), up="int8")), down="fp16"),
     ],
 )
 def test_two_forms_of_replies_at_once_are_one_line(wrong):
@@ -295,3 +281,157 @@ def test_masks_that_cannot_be_are_one_line(strategy, client, says):
     with pytest.raises(ValueError, match=says) as caught:
         run(strategy(), client=client(), rounds=1)
     assert "\n" not in str(caught.value)
+
+
+class Sizes(Wrapper):
+    """Bytes of messages and replies, counted by the test."""
+
+    seen: list
+
+    def configure_train(self, *given):
+        messages = list(super().configure_train(*given))
+        self.seen = [("down", message.metadata.dst_node_id, message_bytes(message)) for message in messages]
+        return messages
+
+    def aggregate_train(self, server_round, replies):
+        replies = list(replies)
+        self.seen += [("up", reply.metadata.src_node_id, message_bytes(reply)) for reply in replies]
+        return super().aggregate_train(server_round, replies)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_ledger_in_their_app(place):
+    sizes = Sizes(Metered(compression.Compressed(plain(), up="int4")))
+    metered = sizes.strategy
+    run(sizes, [compression.mod], place, rounds=2)
+    table = metered.ledger()
+    assert len(table) == 2 * 2 * NODES and set(table["kind"]) == {"train"}
+    last = table[table["round"] == 2]
+    assert sorted(last[["direction", "node", "bytes"]].itertuples(index=False, name=None)) == sorted(sizes.seen)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_screening_in_their_app_lets_honest_replies_through(place):
+    mean, _ = by_hand("llama", start_of("llama"))
+    assert far(run(Screened(plain(), numbers={"loss": (0, 1e6)}), place=place, rounds=1), mean) < 1e-6
+
+
+def sent(change, only=1):
+    """Their app, whose node ``only`` sends another reply."""
+    app = somebody.client("llama")
+
+    def altered(message: Message, context: Context) -> Message:
+        reply = app(message, context)
+        if context.node_config["partition-id"] == only:
+            change(reply.content)
+        return reply
+
+    return altered
+
+
+def arrays_as(change):
+    return lambda content: content.__setitem__("arrays", to_record(change(from_record(content["arrays"]))))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (arrays_as(lambda arrays: {key: value * np.inf for key, value in arrays.items()}), "not finite"),
+        (arrays_as(lambda arrays: {key: value + np.float32(1e19) for key, value in arrays.items()}), "a value of 1e"),
+        (arrays_as(lambda arrays: {key: value.astype(np.float64) for key, value in arrays.items()}), "is float64"),
+        (arrays_as(lambda arrays: {key: value[:1] for key, value in arrays.items()}), "has shape"),
+        (arrays_as(lambda arrays: dict(list(arrays.items())[1:])), "keys are missing or unknown"),
+        (arrays_as(lambda arrays: {}), "keys are missing or unknown"),
+        (lambda content: content["metrics"].update({"num-examples": 1e308}), "its num-examples is 1e"),
+        (lambda content: content["metrics"].update({"num-examples": -3}), "its num-examples is -3"),
+        (lambda content: content["metrics"].update({"loss": float("nan")}), "its loss is nan"),
+        (lambda content: content["metrics"].__delitem__("loss"), "its loss is None"),
+        (lambda content: content.__delitem__("metrics"), "does not hold one adapter and one set of numbers"),
+        (lambda content: content.__delitem__("arrays"), "does not hold one adapter and one set of numbers"),
+    ],
+)
+def test_screening_leaves_out_what_bends_a_round(change, says, caplog):
+    _, updates = by_hand("llama", start_of("llama"))
+    start = start_of("llama")
+    wanted = {
+        key: start[key] + np.average([updates[0][key], updates[2][key]], axis=0, weights=(10, 30)) for key in start
+    }
+    adapter = run(Screened(plain(), numbers={"loss": (0, 1e6)}), client=sent(change), rounds=1)
+    assert far(adapter, wanted) < 1e-6
+    assert any("is left out" in r.getMessage() and says in r.getMessage() for r in caplog.records)
+
+
+def test_screening_stands_within_compression():
+    mean, _ = by_hand("llama", start_of("llama"))
+    strategy = compression.Compressed(Screened(plain()), up="int8")
+    assert far(run(strategy, [compression.mod], rounds=1), mean) < 0.02
+    with pytest.raises(ValueError, match="Screened reads adapters, and Compressed within it updates in few bits"):
+        Screened(compression.Compressed(plain(), up="int8"))
+
+
+def norm_of(update):
+    return float(np.sqrt(sum(np.square(value).sum() for value in update.values())))
+
+
+def clipped_mean(updates, weights, norm):
+    short = [{k: v * min(1, norm / norm_of(one)) for k, v in one.items()} for one in updates]
+    return {key: np.average([one[key] for one in short], axis=0, weights=weights) for key in short[0]}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("uniform", "weights"), [(True, (1, 1, 1)), (False, (10, 20, 30))])
+def test_noise_in_their_app_is_what_it_says(uniform, weights, place):
+    """Measured: what the adapter has beyond the clipped mean, against normal noise of the promised width."""
+    start = start_of("llama")
+    _, updates = by_hand("llama", start)
+    norm = 0.5 * min(map(norm_of, updates))
+    mean = clipped_mean(updates, weights, norm)
+    noised = Noised(plain(), 0.7, norm, uniform=uniform, seed=3)
+    adapter = run(noised, place=place, rounds=1)
+    rest = np.concatenate([(adapter[key] - start[key] - mean[key]).ravel() for key in start])
+    wide = 0.7 * norm * max(weights) / sum(weights)
+    assert (
+        rest.std() == pytest.approx(wide, rel=4 / np.sqrt(2 * len(rest)))
+        and abs(rest.mean()) < 4 * wide / len(rest) ** 0.5
+    )
+    assert noised.rounds == 1 and noised.epsilon(1e-5) == accounting.epsilon(0.7, 1.0, 1, 1e-5) > 1
+
+
+def test_noise_goes_before_a_server_optimiser():
+    """FedAvgM with a momentum: its second step carries the noise of the first one on."""
+    from flwr.serverapp.strategy import FedAvgM
+
+    inner = FedAvgM(fraction_evaluate=0.0, server_learning_rate=1.0, server_momentum=0.9)
+    noised = Noised(inner, 1.0, 0.01, seed=1)
+    one = run(noised, rounds=2)
+    other = run(
+        Noised(FedAvgM(fraction_evaluate=0.0, server_learning_rate=1.0, server_momentum=0.0), 1.0, 0.01, seed=1),
+        rounds=2,
+    )
+    assert noised.rounds == 2 and far(one, other) > 1e-4
+
+
+def test_noise_on_masked_updates():
+    start = start_of("llama")
+    _, updates = by_hand("llama", start)
+    norm = 0.5 * min(map(norm_of, updates))
+    mean, noised = clipped_mean(updates, (1, 1, 1), norm), Noised(plain(), 1e-6, norm, seed=2)
+    masked = masked_rounds.Masked(noised, 2, clipping_norm=norm, uniform=True)
+    adapter = run(masked, client=masking(), rounds=1)
+    assert far(adapter, {key: start[key] + mean[key] for key in start}) < 1e-5
+    with pytest.raises(ValueError, match="behind masks only clients can clip, and the noise within is for 0.5"):
+        masked_rounds.Masked(Noised(plain(), 1.0, 0.5), 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ((0, 1.0), "noise_multiplier=0: allowed are numbers above 0"),
+        ((float("nan"), 1.0), "noise_multiplier=nan"),
+        ((1.0, -1), "clipping_norm=-1: allowed are numbers above 0"),
+        (("1", 1.0), "noise_multiplier='1'"),
+    ],
+)
+def test_noise_that_is_none_is_one_line(given, says):
+    with pytest.raises(ValueError, match=says):
+        Noised(plain(), *given)
