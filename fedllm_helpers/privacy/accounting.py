@@ -14,6 +14,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from fedllm_helpers import limits
+
 # orders of Rényi divergence: near 1 for a large ε, whole and far apart for a small one; broken ones take long
 ORDERS = [1 + x for x in (*np.logspace(-4, -0.7, 16), *np.arange(0.25, 10, 0.25), *range(10, 64), *range(64, 1024, 32))]
 
@@ -79,6 +81,47 @@ def noise_for(target: float, sample_rate: float, steps: int, delta: float) -> fl
             f"no noise reaches ε = {target} at δ = {delta} in {steps} steps: allow a larger ε, or take fewer steps"
         )
     return float(found)
+
+
+def plan(
+    examples: int,
+    batch_size: int,
+    steps: int,
+    *,
+    delta: float,
+    target: float | None = None,
+    noise_multiplier: float | None = None,
+    clipping_norm: float = 1.0,
+) -> RecordPrivacy:
+    """The DP-SGD of one owner of data, over all steps of all rounds: noise from ε, or ε from the noise.
+
+    Args:
+        examples: that are trained on; how many is not a secret here.
+        batch_size: expected examples of a step, each drawn with probability ``batch_size / examples``.
+        steps: of all trainings together.
+        delta: below 1 / examples.
+        target: ε that is to be kept; or
+        noise_multiplier: of the noise, in units of the clipping norm.
+        clipping_norm: of the gradient of one example.
+
+    Raises:
+        ValueError: a batch above the examples, a δ that promises nothing, or neither or both of ε and noise.
+    """
+    limits.whole("examples", examples)
+    limits.whole("batch_size", batch_size)
+    limits.whole("steps", steps)
+    limits.number("clipping_norm", clipping_norm)
+    if batch_size > examples:
+        raise ValueError(f"batch_size={batch_size}: there are {examples} examples, allowed are 1 to that")
+    if not 0 < delta < 1 / examples:
+        raise ValueError(f"delta={delta}: it promises nothing unless it is between 0 and 1 / {examples} examples")
+    if (target is None) == (noise_multiplier is None):
+        raise ValueError(f"target={target}, noise_multiplier={noise_multiplier}: give one, and the other follows")
+    rate = batch_size / examples
+    noise = noise_for(target, rate, steps, delta) if noise_multiplier is None else noise_multiplier
+    limits.number("noise_multiplier", noise)
+    found = epsilon(noise, rate, steps, delta)
+    return RecordPrivacy(noise, clipping_norm, rate, steps, delta, found, batch_size * steps)
 
 
 @contextlib.contextmanager

@@ -1,15 +1,19 @@
 """DP-SGD for adapters: a Trainer whose steps clip the gradient of every card and add noise."""
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from flwr.app import ConfigRecord
 from opacus.grad_sample import GradSampleHooks
 from opacus.optimizers import DPOptimizer
+from transformers import Trainer
 
 from fedllm_helpers.privacy.accounting import RecordPrivacy
+from fedllm_helpers.privacy.promises import promise
 from fedllm_helpers.training.batches import IGNORED
 from fedllm_helpers.training.fine_tuning import AdapterTrainer
 
@@ -33,6 +37,7 @@ def _refusal(name: str, cards: int) -> str:
     )
 
 
+EXAMPLES = "examples of a batch"  # beside the collator's own entries
 LEFT_BEHIND = {"activations", "max_batch_len", "grad_sample", "summed_grad", "_forward_counter", "_current_grad_sample"}
 
 
@@ -49,17 +54,36 @@ class _NoisyOptimizer(DPOptimizer):
             p.grad = (p.summed_grad + noise).view_as(p)
 
 
-class PrivateTrainer(AdapterTrainer):
-    """The Trainer with DP-SGD (Abadi et al. 2016, arXiv:1607.00133): Poisson batches, clipped gradients, noise.
+def private(kind: type[Trainer], losses: Callable[[torch.nn.Module, dict[str, Any]], torch.Tensor]) -> type[Trainer]:
+    """Make any Trainer private: a class like ``kind`` that also takes ``plan`` and ``seed``, and trains by DP-SGD.
 
-    A card's loss is the mean over its own answer tokens, and cards are summed: with the usual mean over the tokens of
-    a batch, one card would change the gradients of the others, and clipping would no longer bound what it does.
+    Its collator stays; ``compute_loss`` becomes the sum of ``losses``.
+
+    Args:
+        kind: ``transformers.Trainer``, or a subclass of it.
+        losses: (model, inputs) to one loss for each example, shape (examples,), none of which depends on another.
+
+    Raises:
+        TypeError: ``kind`` is no Trainer.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, Trainer)):
+        raise TypeError(f"expected transformers.Trainer or a subclass of it, given is {kind!r:.60}")
+    return type(f"Private{kind.__name__}", (Private, kind), {"example_losses": staticmethod(losses)})
+
+
+class Private:
+    """What makes a Trainer private (Abadi et al. 2016, arXiv:1607.00133): Poisson batches, clipped gradients, noise.
+
+    Examples' losses are summed: with a mean over the tokens of a batch, one example would change the gradients of the
+    others, and clipping would no longer bound what it does.
     """
 
     def __init__(self, *args: Any, plan: RecordPrivacy, seed: np.random.SeedSequence, **kw: Any) -> None:
         super().__init__(*args, **kw)
-        if self.mu or self.args.gradient_accumulation_steps != 1:
+        if getattr(self, "mu", 0) or self.args.gradient_accumulation_steps != 1:
             raise ValueError("DP-SGD goes with neither FedProx nor gradient_accumulation_steps above 1")
+        if self.args.max_steps < 1:
+            raise ValueError(f"max_steps={self.args.max_steps}: DP-SGD counts steps, and takes a whole number from 1")
         if any(getattr(layer, "gradient_checkpointing", False) for layer in self.model.modules()):
             raise ValueError("DP-SGD goes without gradient_checkpointing, which computes layers twice; set it to false")
         self.plan, (self.sampling, self.noise) = plan, map(np.random.default_rng, seed.spawn(2))
@@ -69,6 +93,16 @@ class PrivateTrainer(AdapterTrainer):
         for name, p in self.model.named_parameters(remove_duplicate=False):
             if p.requires_grad and name not in self.trained:  # one layer in two places, which Opacus counts twice
                 raise ValueError(_refusal(name, len(self.train_dataset)))
+
+    def promise(self) -> dict[str, ConfigRecord]:
+        """The record for a reply that says by which plan this was trained; see :mod:`promises`.
+
+        Raises:
+            ValueError: nothing was trained yet, or not to its end.
+        """
+        if self.state.global_step < self.args.max_steps:
+            raise ValueError(f"{self.state.global_step} of {self.args.max_steps} steps are trained: nothing to promise")
+        return promise(self.plan)
 
     def train(self, *args: Any, **kw: Any) -> Any:
         """Train with per-card gradients, and leave the model without hooks."""
@@ -98,9 +132,12 @@ class PrivateTrainer(AdapterTrainer):
         draws = (self.sampling.random(len(self.train_dataset)) for _ in range(self.args.max_steps))
         batches = [np.flatnonzero(draw < self.plan.sample_rate).tolist() for draw in draws]
         collate = self.data_collator
-        return torch.utils.data.DataLoader(
-            self.train_dataset, batch_sampler=batches, collate_fn=lambda rows: collate(rows) if rows else {}
-        )
+
+        def counted(rows: list[Any]) -> dict[str, Any]:
+            """The batch, with the number of its examples."""
+            return {**collate(rows), EXAMPLES: len(rows)} if rows else {}
+
+        return torch.utils.data.DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=counted)
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """The configured optimiser, fed with the noisy sum of clipped gradients over the expected batch."""
@@ -119,7 +156,7 @@ class PrivateTrainer(AdapterTrainer):
     ) -> torch.Tensor:
         """A step whose loss is the mean over its cards; an empty batch steps too, by noise alone."""
         self.optimizer.zero_grad()
-        self.cards = len(inputs["input_ids"]) if inputs else 0
+        self.cards = inputs.pop(EXAMPLES, 0)
         loss = torch.zeros((), device=self.model.device)
         if inputs:
             loss = super().training_step(model, inputs, *rest, **kw) / self.cards
@@ -139,7 +176,23 @@ class PrivateTrainer(AdapterTrainer):
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *rest: Any, **kw: Any
     ) -> torch.Tensor:
-        """The sum over cards of the mean over a card's answer tokens, in nats."""
+        """The sum over examples of their losses.
+
+        Raises:
+            ValueError: there is not one loss for each example.
+        """
+        losses = self.example_losses(model, inputs)
+        if losses.shape != (self.cards,):
+            raise ValueError(f"DP-SGD: losses have the shape {tuple(losses.shape)}, expected is ({self.cards},)")
+        return losses.sum()
+
+
+class PrivateTrainer(Private, AdapterTrainer):
+    """The package's own Trainer with DP-SGD; a card's loss is the mean over its own answer tokens."""
+
+    @staticmethod
+    def example_losses(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The mean over a card's answer tokens, in nats, for each card."""
         labels = inputs.pop("labels")
         if "logits_to_keep" not in inputs:
             labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
@@ -148,4 +201,4 @@ class PrivateTrainer(AdapterTrainer):
         losses = torch.nn.functional.cross_entropy(
             logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
         )
-        return (losses.sum(1) / (labels != IGNORED).sum(1)).sum()
+        return losses.sum(1) / (labels != IGNORED).sum(1)

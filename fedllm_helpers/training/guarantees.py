@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import pandas as pd
 from omegaconf import DictConfig
 
-from fedllm_helpers.privacy.accounting import RecordPrivacy, epsilon, noise_for
+from fedllm_helpers.privacy.accounting import RecordPrivacy, epsilon, plan
 from fedllm_helpers.training.fine_tuning import round_config
 
 
@@ -33,16 +33,14 @@ def record_privacy(cfg: DictConfig, cards: int) -> RecordPrivacy | None:
         raise ValueError(
             f"{where}.per_device_train_batch_size={batch}: a hospital has {cards} cards, allowed are 1 to that"
         )
-    rate, total = batch / cards, steps * cfg.federation.num_rounds
     if how.delta >= 1 / cards:
         raise ValueError(
             f"federation.privacy.record.delta={how.delta} is not below 1 / {cards} cards of a hospital: it promises "
             "nothing; make it smaller"
         )
-    noise = noise_for(how.epsilon, rate, total, how.delta) if how.noise_multiplier is None else how.noise_multiplier
-    return RecordPrivacy(
-        noise, how.clipping_norm, rate, total, how.delta, epsilon(noise, rate, total, how.delta), batch * total
-    )
+    noise, target = how.noise_multiplier, how.epsilon if how.noise_multiplier is None else None
+    options = {"delta": how.delta, "noise_multiplier": noise, "target": target, "clipping_norm": how.clipping_norm}
+    return plan(cards, batch, steps * cfg.federation.num_rounds, **options)
 
 
 def client_epsilon(cfg: DictConfig) -> float:

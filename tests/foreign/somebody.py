@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 LLAMA = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
-GPT2 = {"vocab_size": 97, "n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 16}
+GPT2 = {"vocab_size": 97, "n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 16, "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
 
 
 def build(family):

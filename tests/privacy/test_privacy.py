@@ -260,9 +260,9 @@ def test_poisson_batches_vary_around_the_expected_size(exact, cards):
     plan, sizes = accounting.RecordPrivacy(1.0, 1.0, 0.3, 400, 1e-3, 1.0), []
     local = training.round_config(cfg, max_steps=400, per_device_train_batch_size=6)
     arguments = fine_tuning._training_arguments(local, model.device.type, None, "unused")
-    rows = [{"n": n} for n in range(20)]
-    trainer = dp_sgd.PrivateTrainer(model, arguments, list, rows, [], plan=plan, seed=np.random.SeedSequence(1))
-    sizes = [len(batch) for batch in trainer.get_train_dataloader()]
+    rows, whole = [{"n": n} for n in range(20)], lambda rows: {"rows": rows}
+    trainer = dp_sgd.PrivateTrainer(model, arguments, whole, rows, [], plan=plan, seed=np.random.SeedSequence(1))
+    sizes = [batch.get(dp_sgd.EXAMPLES, 0) for batch in trainer.get_train_dataloader()]
     assert len(sizes) == 400 and np.mean(sizes) == pytest.approx(6, abs=0.4)
     assert np.var(sizes) == pytest.approx(20 * 0.3 * 0.7, rel=0.3)
 

@@ -122,7 +122,9 @@ def test_as_many_tokens_as_cards_are_still_no_cards(folder_of):
     _, model, _ = prepare(folder_of("llama"), "q_proj")
     plan = accounting.RecordPrivacy(0.0, 1.0, 1.0, 1, 1e-3, math.inf)
     private = partial(dp_sgd.PrivateTrainer, plan=plan, seed=np.random.SeedSequence(0))
-    trainer = private(model, {"output_dir": "unused", "use_cpu": True, "report_to": "none"}, list, CARDS, [])
+    trainer = private(
+        model, {"output_dir": "unused", "use_cpu": True, "report_to": "none", "max_steps": 1}, list, CARDS, []
+    )
     trainer.cards = 6
     trainer._check_rows("some", torch.nn.Identity(), (torch.zeros(6, 4, 32),))
     for rows in (torch.zeros(6, 32), torch.zeros(24, 32), torch.zeros(4, 6, 32)):
