@@ -16,7 +16,8 @@ from fedllm_helpers.adapters.wrapping import Wrapper
 from fedllm_helpers.communication import compression
 from fedllm_helpers.communication.metered import Metered
 from fedllm_helpers.federation import in_process
-from fedllm_helpers.privacy import accounting, masked_clients, masked_rounds
+from fedllm_helpers.privacy import accounting, masked_clients
+from fedllm_helpers.privacy.masked import Masked
 from fedllm_helpers.privacy.noised import Noised
 
 NODES = 3
@@ -124,8 +125,8 @@ def test_formats_that_there_are_not_are_one_line(given, says):
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda: compression.Compressed(masked_rounds.Masked(plain(), threshold=2), up="int8"),
-        lambda: masked_rounds.Masked(compression.Compressed(plain(), up="int8"), threshold=2),
+        lambda: compression.Compressed(Masked(plain(), threshold=2), up="int8"),
+        lambda: Masked(compression.Compressed(plain(), up="int8"), threshold=2),
         lambda: compression.Compressed(Metered(compression.Compressed(plain(), up="int8")), down="fp16"),
     ],
 )
@@ -222,9 +223,7 @@ def masking(family="llama", mods=(), gone=None):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_masks_in_their_app(family, place):
     mean, _ = by_hand(family, start_of(family))
-    adapter = run(
-        masked_rounds.Masked(plain(), threshold=2), place=place, client=masking(family), family=family, rounds=1
-    )
+    adapter = run(Masked(plain(), threshold=2), place=place, client=masking(family), family=family, rounds=1)
     assert far(adapter, mean) < 1e-5, "fixed point, and nothing else"
 
 
@@ -234,7 +233,7 @@ def test_masks_with_one_client_gone_open_the_sum_of_the_others():
     wanted = {
         key: start[key] + np.average([updates[0][key], updates[2][key]], axis=0, weights=(10, 30)) for key in start
     }
-    adapter = run(masked_rounds.Masked(plain(), threshold=2), client=masking(gone=1), rounds=1)
+    adapter = run(Masked(plain(), threshold=2), client=masking(gone=1), rounds=1)
     assert far(adapter, wanted) < 1e-5
 
 
@@ -247,13 +246,13 @@ def test_what_crosses_behind_masks_is_noise():
             seen.extend(reply.content["arrays"][masked_clients.MASKED].numpy() for reply in replies)
             return super().aggregate_train(server_round, replies)
 
-    run(Curious(masked_rounds.Masked(plain(), threshold=2)), client=masking(), rounds=1)
+    run(Curious(Masked(plain(), threshold=2)), client=masking(), rounds=1)
     values = np.concatenate(seen) / 2.0**32
     assert len(seen) == 3 and abs(values.mean() - 0.5) < 5 / np.sqrt(12 * len(values))
 
 
 def test_masks_over_adapters_that_came_down_in_few_bits():
-    strategy = compression.Compressed(masked_rounds.Masked(plain(), threshold=2), up=None, down="fp16")
+    strategy = compression.Compressed(Masked(plain(), threshold=2), up=None, down="fp16")
     app = masking()
     adapter = run(strategy, client=lambda m, c: compression.mod(m, c, app), rounds=1)
     mean, _ = by_hand("llama", start_of("llama"))
@@ -264,14 +263,14 @@ def test_masks_over_adapters_that_came_down_in_few_bits():
     ("strategy", "client", "says"),
     [
         (
-            lambda: masked_rounds.Masked(plain(), threshold=2),
+            lambda: Masked(plain(), threshold=2),
             somebody.client,
             "needs masked_clients.mod among its mods",
         ),
-        (lambda: masked_rounds.Masked(plain(), threshold=4), masking, "threshold=4: 3 clients are asked in a round"),
-        (lambda: masked_rounds.Masked(plain(), threshold=1), masking, "threshold=1: allowed are whole numbers from 2"),
+        (lambda: Masked(plain(), threshold=4), masking, "threshold=4: 3 clients are asked in a round"),
+        (lambda: Masked(plain(), threshold=1), masking, "threshold=1: allowed are whole numbers from 2"),
         (
-            lambda: masked_rounds.Masked(plain(), 2, value_range=0),
+            lambda: Masked(plain(), 2, value_range=0),
             masking,
             "value_range=0: allowed are numbers above 0",
         ),
@@ -416,11 +415,11 @@ def test_noise_on_masked_updates():
     _, updates = by_hand("llama", start)
     norm = 0.5 * min(map(norm_of, updates))
     mean, noised = clipped_mean(updates, (1, 1, 1), norm), Noised(plain(), 1e-6, norm, seed=2)
-    masked = masked_rounds.Masked(noised, 2, clipping_norm=norm, uniform=True)
+    masked = Masked(noised, 2, clipping_norm=norm, uniform=True)
     adapter = run(masked, client=masking(), rounds=1)
     assert far(adapter, {key: start[key] + mean[key] for key in start}) < 1e-5
     with pytest.raises(ValueError, match="behind masks only clients can clip, and the noise within is for 0.5"):
-        masked_rounds.Masked(Noised(plain(), 1.0, 0.5), 2)
+        Masked(Noised(plain(), 1.0, 0.5), 2)
 
 
 @pytest.mark.parametrize(
