@@ -219,9 +219,9 @@ def test_garbage_and_a_late_reply_are_left_out_and_said(running, cfg):
     """Hospital 1 sends garbage in the first round and, in the second, nothing within the timeout."""
     cfg = config.load(cfg, "federation.fraction_evaluate=0", "federation.timeout=60")
     app, said = deployed_runs.bundle(running, cfg, "cheated"), []
-    code = (app / "fedllm_helpers" / "client_app.py").read_text()
+    code = (app / "fedllm_helpers" / "federation" / "client_app.py").read_text()
     assert "app = ClientApp(mods=[packing.client_mod, " in code
-    (app / "fedllm_helpers" / "client_app.py").write_text(
+    (app / "fedllm_helpers" / "federation" / "client_app.py").write_text(
         code.replace("app = ClientApp(mods=[packing.client_mod, ", CHEAT)
     )
     deployed_runs.follow(running, deployed_runs.submit(running, cfg, "cheated", app=app), said.append)
