@@ -32,12 +32,15 @@ class Masked(Wrapper):
     def __init__(self, strategy: Strategy, threshold: int, **options: Any) -> None:
         super().__init__(strategy, "masked updates")
         self.how, self.session, self.request = Masks(threshold, **options), None, None
-        norms = {inner.clipping_norm for inner in self.within() if hasattr(inner, "clipping_norm")}
+        noised = [inner for inner in self.within() if hasattr(inner, "behind_masks")]
+        norms = {inner.clipping_norm for inner in noised}
         if norms - {self.how.clipping_norm}:
             raise ValueError(
                 f"clipping_norm={self.how.clipping_norm}: behind masks only clients can clip, and the noise within is "
                 f"for {norms.pop()}; give both the same"
             )
+        for inner in noised:
+            inner.behind_masks = True
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

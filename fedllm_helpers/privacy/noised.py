@@ -50,6 +50,7 @@ class Noised(Wrapper):
         limits.number("clipping_norm", clipping_norm)
         self.noise_multiplier, self.clipping_norm, self.uniform = noise_multiplier, clipping_norm, uniform
         self.generator, self.rounds, self.request = np.random.default_rng(seed), 0, None
+        self.behind_masks = False  # set by a strategy of masks around this one
 
     def epsilon(self, delta: float) -> float:
         """ε after the rounds so far, for all of one client's examples at once; see :mod:`accounting` for its limits."""
@@ -71,7 +72,9 @@ class Noised(Wrapper):
         for reply in (reply for reply in replies if not reply.has_error()):
             start = self.expected(reply.metadata.src_node_id)
             (numbers,), update = reply.content.metric_records.values(), update_of(reply, start)
-            if LARGEST_SHARE in numbers:  # a mean already, of updates that clients clipped behind masks
+            if (
+                self.behind_masks and LARGEST_SHARE in numbers
+            ):  # a client may not say so: a mean already, of updates that clients clipped behind masks
                 weight, largest = 1.0, float(numbers[LARGEST_SHARE])
             else:
                 weight, update = (

@@ -434,3 +434,15 @@ def test_noise_on_masked_updates():
 def test_noise_that_is_none_is_one_line(given, says):
     with pytest.raises(ValueError, match=says):
         Noised(plain(), *given)
+
+
+def test_a_client_cannot_talk_its_way_past_clipping_and_noise():
+    """It claims to be a mean already, of which nobody has a share: it is clipped, and the noise stays as wide."""
+    start = start_of("llama")
+    _, updates = by_hand("llama", start)
+    norm = 0.5 * min(map(norm_of, updates))
+    mean = clipped_mean(updates, (1, 1, 1), norm)
+    cheat = sent(lambda content: content["metrics"].update({"largest-share": 1e-12}))
+    adapter = run(Noised(plain(), 0.7, norm, seed=3), client=cheat, rounds=1)
+    honest = run(Noised(plain(), 0.7, norm, seed=3), rounds=1)
+    assert far(adapter, honest) == 0 and far(honest, {key: start[key] + mean[key] for key in start}) > 0
