@@ -21,8 +21,6 @@ from fedllm_helpers.privacy.masked import Masked
 from fedllm_helpers.privacy.noised import Noised
 
 NODES = 3
-RAY = [pytest.mark.processes, pytest.mark.skipif(find_spec("ray") is None, reason="the extra `sim` is not installed")]
-PLACES = ["in process", pytest.param("ray", marks=RAY)]
 
 
 def plain():
@@ -36,8 +34,9 @@ def run(strategy, mods=(), place="in process", family="llama", rounds=2, client=
     if place == "ray":
         from flwr.simulation import run_simulation
 
-        started = {"init_args": {"num_cpus": 1, "include_dashboard": False, "log_to_driver": False}}
-        run_simulation(server, client, NODES, backend_config=started)
+        settings = {"num_cpus": 1, "include_dashboard": False, "log_to_driver": False}
+        actor = {"num_cpus": 1, "num_gpus": 0.0}  # Flower asks for two otherwise: none would start
+        run_simulation(server, client, NODES, backend_config={"init_args": settings, "client_resources": actor})
     else:
         in_process.run_apps(server, client, NODES)
     return from_record(results[0].arrays)
@@ -63,16 +62,14 @@ def far(one, other):
     return max(float(np.abs(one[key] - other[key]).max()) for key in one)
 
 
-@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_their_app_alone_is_the_weighted_mean(family, place):
+def test_their_app_alone_is_the_weighted_mean(family):
     mean, _ = by_hand(family, start_of(family))
-    assert far(run(plain(), place=place, family=family, rounds=1), mean) < 1e-6
+    assert far(run(plain(), family=family, rounds=1), mean) < 1e-6
 
 
-@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_compression_in_their_app(family, place):
+def test_compression_in_their_app(family):
     mean, updates = by_hand(family, start_of(family))
     for formats, times, off in (
         ({"up": "fp32", "down": "fp16"}, 0.9, 1e-3),
@@ -81,8 +78,8 @@ def test_compression_in_their_app(family, place):
         ({"up": "int8", "keep": 0.25}, 3.9, 1.0),
     ):
         weighed, open_ = Metered(compression.Compressed(plain(), **formats)), Metered(plain())
-        adapter = run(weighed, [compression.mod], place, family, rounds=1)
-        reference = run(open_, place=place, family=family, rounds=1)
+        adapter = run(weighed, [compression.mod], family=family, rounds=1)
+        reference = run(open_, family=family, rounds=1)
         few, all_ = (each.ledger().groupby("direction")["bytes"].sum() for each in (weighed, open_))
         assert all_["up"] > times * few["up"]
         assert (few["down"] < 0.8 * all_["down"]) == ("down" in formats)
@@ -219,11 +216,10 @@ def masking(family="llama", mods=(), gone=None):
     return app if gone is None else leaving
 
 
-@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_masks_in_their_app(family, place):
+def test_masks_in_their_app(family):
     mean, _ = by_hand(family, start_of(family))
-    adapter = run(Masked(plain(), threshold=2), place=place, client=masking(family), family=family, rounds=1)
+    adapter = run(Masked(plain(), threshold=2), client=masking(family), family=family, rounds=1)
     assert far(adapter, mean) < 1e-5, "fixed point, and nothing else"
 
 
@@ -298,21 +294,19 @@ class Sizes(Wrapper):
         return super().aggregate_train(server_round, replies)
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_the_ledger_in_their_app(place):
+def test_the_ledger_in_their_app():
     sizes = Sizes(Metered(compression.Compressed(plain(), up="int4")))
     metered = sizes.strategy
-    run(sizes, [compression.mod], place, rounds=2)
+    run(sizes, [compression.mod], rounds=2)
     table = metered.ledger()
     assert len(table) == 2 * 2 * NODES and set(table["kind"]) == {"train"}
     last = table[table["round"] == 2]
     assert sorted(last[["direction", "node", "bytes"]].itertuples(index=False, name=None)) == sorted(sizes.seen)
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_screening_in_their_app_lets_honest_replies_through(place):
+def test_screening_in_their_app_lets_honest_replies_through():
     mean, _ = by_hand("llama", start_of("llama"))
-    assert far(run(Screened(plain(), numbers={"loss": (0, 1e6)}), place=place, rounds=1), mean) < 1e-6
+    assert far(run(Screened(plain(), numbers={"loss": (0, 1e6)}), rounds=1), mean) < 1e-6
 
 
 def sent(change, only=1):
@@ -377,16 +371,15 @@ def clipped_mean(updates, weights, norm):
     return {key: np.average([one[key] for one in short], axis=0, weights=weights) for key in short[0]}
 
 
-@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("uniform", "weights"), [(True, (1, 1, 1)), (False, (10, 20, 30))])
-def test_noise_in_their_app_is_what_it_says(uniform, weights, place):
+def test_noise_in_their_app_is_what_it_says(uniform, weights):
     """Measured: what the adapter has beyond the clipped mean, against normal noise of the promised width."""
     start = start_of("llama")
     _, updates = by_hand("llama", start)
     norm = 0.5 * min(map(norm_of, updates))
     mean = clipped_mean(updates, weights, norm)
     noised = Noised(plain(), 0.7, norm, uniform=uniform, seed=3)
-    adapter = run(noised, place=place, rounds=1)
+    adapter = run(noised, rounds=1)
     rest = np.concatenate([(adapter[key] - start[key] - mean[key]).ravel() for key in start])
     wide = 0.7 * norm * max(weights) / sum(weights)
     assert (
@@ -446,3 +439,25 @@ def test_a_client_cannot_talk_its_way_past_clipping_and_noise():
     adapter = run(Noised(plain(), 0.7, norm, seed=3), client=cheat, rounds=1)
     honest = run(Noised(plain(), 0.7, norm, seed=3), rounds=1)
     assert far(adapter, honest) == 0 and far(honest, {key: start[key] + mean[key] for key in start}) > 0
+
+
+def compressed():
+    """Compression with its memory and the ledger, in two rounds."""
+    return Metered(compression.Compressed(Screened(plain()), up="int4", down="fp16")), somebody.client(
+        mods=[compression.mod]
+    )
+
+
+def masked():
+    """Masks over clipped updates, and noise on their sum."""
+    return Masked(Noised(plain(), 0.5, 0.1, seed=4), 2, clipping_norm=0.1, uniform=True), masking()
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(find_spec("ray") is None, reason="the extra `sim` is not installed")
+@pytest.mark.parametrize("chain", [compressed, masked])
+def test_pieces_do_on_ray_what_they_do_in_process(chain):
+    adapters = [
+        run(strategy, place=place, client=client) for place in ("in process", "ray") for strategy, client in [chain()]
+    ]
+    assert far(*adapters) < 1e-6 < far(adapters[0], start_of("llama"))
