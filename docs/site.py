@@ -3,9 +3,11 @@
 From the stored notebooks, nothing is executed and nothing fetched, neither here nor by a reader's browser.
 """
 
+import inspect
 import re
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from sphinx.cmd.build import main as sphinx
@@ -14,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE, SITE = ROOT / "build" / "site-source", ROOT / "build" / "site"
 CONF = """
 project, author, copyright = {title!r}, "the authors", "the authors, Apache-2.0"
-extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx-mathjax-offline"]
+extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx-mathjax-offline", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+autodoc_typehints, autodoc_member_order = "description", "bysource"
 nb_execution_mode = "off"
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath"]
@@ -41,10 +44,30 @@ course
 data
 project
 pieces
+names
 teaching
 glossary
 ```
 """
+
+
+ROOMS = ["adapters", "config", "data", "models", "training", "evaluation", "aggregation", "communication", "privacy"]
+ROOMS += ["federation", "deployment", "attacks", "study", "plotting"]
+
+
+def names() -> str:
+    """The page of public names: of each room what its face shows, from the docstrings."""
+    page = ["# The package, room by room", "The names that others may use; each room's face says which they are."]
+    for room in ROOMS:
+        face = import_module(f"fedllm_helpers.{room}")
+        page += [f"## {room}", "```{eval-rst}", f".. automodule:: {face.__name__}", "   :no-members:", ""]
+        for name in face.__all__:
+            found = getattr(face, name)
+            kind = "autoclass" if inspect.isclass(found) else "autofunction" if inspect.isroutine(found) else ""
+            if kind and found.__module__.startswith("fedllm_helpers"):
+                page += [f".. {kind}:: {found.__module__}.{found.__name__}", "   :no-index:", ""]
+        page.append("```")
+    return "\n\n".join(page[:2]) + "\n\n" + "\n".join(page[2:]) + "\n"
 
 
 def main() -> int:
@@ -58,8 +81,9 @@ def main() -> int:
     shutil.copy(ROOT / "docs" / "results.png", SOURCE / "docs")  # README's figure, at README's address
     title, rest = (ROOT / "README.md").read_text(encoding="utf-8").removeprefix("# ").split("\n", 1)
     abstract = re.split(r"^(?:```|##)", rest, maxsplit=1, flags=re.M)[0].strip()
-    names = "\n".join(path.stem for path in notebooks)
-    (SOURCE / "index.md").write_text(INDEX.format(title=title, abstract=abstract, notebooks=names), encoding="utf-8")
+    stems = "\n".join(path.stem for path in notebooks)
+    (SOURCE / "names.md").write_text(names(), encoding="utf-8")
+    (SOURCE / "index.md").write_text(INDEX.format(title=title, abstract=abstract, notebooks=stems), encoding="utf-8")
     (SOURCE / "conf.py").write_text(CONF.format(title=title.split(":")[0]), encoding="utf-8")
     return sphinx(["-q", "-W", "--keep-going", "-b", "html", str(SOURCE), str(SITE)])
 

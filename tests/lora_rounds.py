@@ -6,11 +6,11 @@ from flwr.app import Message, MetricRecord, RecordDict
 from omegaconf import OmegaConf
 
 from fedllm_helpers.adapters import factors
-from fedllm_helpers.adapters.records import to_record
-from fedllm_helpers.adapters.updates import START
+from fedllm_helpers.adapters.records import from_record, to_record
 from fedllm_helpers.aggregation import edits, rules
 from fedllm_helpers.config.runs import settings
 from fedllm_helpers.federation import in_process, server_app
+from fedllm_helpers.federation.chain import compose
 
 RANK, SHAPES = 4, {"m.q": (11, 7), "m.v": (5, 9)}
 LORA = ["model.lora.peft_lora_r=4", "model.lora.peft_lora_alpha=12"]
@@ -42,24 +42,21 @@ def client(faults=None, seen=None):
         numbers = {"partition-id": hospital, "num-partitions": hospitals, "num-examples": 10 * (hospital + 1)}
         if message.metadata.message_type.startswith("query"):
             return Message(RecordDict({"metrics": MetricRecord(numbers)}), reply_to=message)
-        cfg, number = settings(context), int(message.content["config"]["server-round"])
-        adapter, edit = rules.received(cfg, message, context), edits.held(message, context)
+        adapter, number = from_record(message.content["arrays"]), int(message.content["config"]["server-round"])
         if seen is not None:
-            seen.append((message.metadata.message_type, number, hospital, adapter, edit))
+            seen.append((message.metadata.message_type, number, hospital, adapter, edits.edit_of(message)))
         if message.metadata.message_type == "evaluate":
             return Message(RecordDict({"metrics": MetricRecord(numbers | {"nll": 1.0})}), reply_to=message)
         if (number, hospital) in (faults or ()):
             raise OSError("the power is gone")
-        size = rules.rank_of(cfg, hospital)
-        trained = factors.padded(factors.cut(step(adapter, hospital, number, rules.trained(cfg, number)), size), RANK)
-        rules.keep(cfg, trained, context)
+        ranks = settings(context).federation.ranks
+        moved = step(adapter, hospital, number, rules.trained(message))
+        trained = factors.padded(factors.cut(moved, ranks[hospital] if ranks else RANK), RANK)
         numbers |= {"examples": 8, "tokens": 80, "seconds": 0.0, "loss-before": 3.0, "loss-after": 2.0}
-        records = {"arrays": to_record(rules.up(cfg, trained, number, hospital)), "metrics": MetricRecord(numbers)}
-        if START in message.content:
-            records[START] = to_record(rules.up(cfg, adapter, number, hospital))
+        records = {"arrays": to_record(trained), "metrics": MetricRecord(numbers)}
         return Message(RecordDict(records), reply_to=message)
 
-    return app
+    return lambda message, context: rules.mod(message, context, app)
 
 
 def plan(rule, *more, hospitals=3, rounds=3):
@@ -68,6 +65,6 @@ def plan(rule, *more, hospitals=3, rounds=3):
 
 def federate(cfg, app=None, grid=in_process.InProcessGrid, **options):
     """(adapter, tables, edits of the base model)."""
-    base = edits.Base()
+    chain = compose(cfg)
     with grid(app or client(), cfg.federation.num_clients, {"config": OmegaConf.to_yaml(cfg)}) as nodes:
-        return *server_app.federate(nodes, cfg, first(), server_app.Options(**options), base=base), base
+        return *server_app.federate(nodes, cfg, first(), server_app.Options(**options), chain=chain), chain.rule.base

@@ -1,10 +1,21 @@
 """What travels: an adapter is a ``dict`` of arrays in PEFT's names. Taught in notebook 04.
 
 :mod:`factors` has the algebra of low-rank updates, :mod:`records` takes adapters in and out of Flower's messages,
-:mod:`packing` makes one array of many on their way, and :mod:`screening` looks at what a stranger sent. No torch here.
+:mod:`packing` makes one array of many on their way, :mod:`screening` looks at what a stranger sent and :mod:`screened`
+does so for any Flower app; :mod:`wrapping` is the strategy around a strategy that all techniques are. No torch here.
 """
 
-from fedllm_helpers.adapters.records import Adapter, from_record, message_bytes, to_record
-from fedllm_helpers.adapters.screening import Expected, Reply, screen
+from fedllm_helpers.faces import face
 
-__all__ = ["Adapter", "Expected", "Reply", "from_record", "message_bytes", "screen", "to_record"]
+NAMES = {
+    "Adapter": "records",
+    "Expected": "screening",
+    "Reply": "screening",
+    "Screened": "screened",
+    "Wrapper": "wrapping",
+    "from_record": "records",
+    "message_bytes": "records",
+    "screen": "screening",
+    "to_record": "records",
+}
+__getattr__, __all__ = face(__name__, NAMES), list(NAMES)

@@ -49,29 +49,28 @@ class Expected:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a hospital sent, screened.
+    """What a hospital sent, screened; ``sender`` is its number, or that of its node.
 
-    ``status`` is ``used``, or in one line why not; ``size`` the bytes of the message; ``arrays`` are in the order in
+    ``status`` is ``used``, or in one line why not; ``arrays`` are in the order in
     which they were expected, {} where the reply cannot be used; ``numbers`` are NaN where it says nothing; ``trace`` is
     the end of what a client's failure left, in printable lines.
     """
 
-    hospital: int
+    sender: int
     status: str
-    size: int
     arrays: Arrays
     numbers: dict[str, float]
     trace: str = ""
 
 
-def screen(message: Message, hospital: int, size: int, expected: Expected) -> Reply:
+def screen(message: Message, sender: int, expected: Expected) -> Reply:
     """Make a record of a reply, whatever it is; it never raises. Taught in notebook 03."""
     numbers, why = looked_at(message, lambda content: read_numbers(content, expected.numbers, expected.required))
     arrays, wrong = ({}, why) if why else looked_at(message, lambda content: read_adapter(content, expected))
     trace = message.error.reason or "" if message.has_error() else ""
     lines = "\n".join(map(printable, trace.splitlines()[-LINES:]))
     nothing = dict.fromkeys(expected.numbers, math.nan)
-    return Reply(hospital, why or wrong or "used", size, arrays or {}, numbers or nothing, lines)
+    return Reply(sender, why or wrong or "used", arrays or {}, numbers or nothing, lines)
 
 
 def looked_at(message: Message, read: Callable[[RecordDict], Any]) -> tuple[Any, str]:

@@ -6,6 +6,7 @@ from flwr.app import Message
 from fedllm_helpers.adapters.records import Adapter, from_record
 
 LARGEST_SHARE = "largest-share"  # a number in a reply that is a mean already: of the heaviest client in it
+PASSING = "passing "  # how the name of a state begins that a client keeps, and that belongs into no checkpoint
 START = "start"  # in a request: an update is asked for; in a reply: from where it is measured. It stays at the client.
 
 

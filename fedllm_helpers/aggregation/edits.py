@@ -1,16 +1,20 @@
 """Edits of the base model on their way: the server sends a node those that it has not, the node adds them up."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Context, Message, MetricRecord
 
 from fedllm_helpers.adapters import factors
 from fedllm_helpers.adapters.records import Adapter, from_record, to_record
+from fedllm_helpers.adapters.updates import PASSING
 
-EDIT, EDIT_ROUND = "base edit", "base edit round"  # in a client's state: ΔW by layer, and up to which round
-EDITS = "edits"  # in a message, beside the arrays: "edits 3" are those of round 3
+# in a client's state, not in a checkpoint, as the server has them: ΔW by layer, and up to which round
+EDIT, EDIT_ROUND = f"{PASSING}base edit", f"{PASSING}base edit round"
+EDITS = "edits"  # in a message, beside the arrays: "edits 3" are those of round 3; "edits" is their sum, for the app
+ORDERS = ("edits-after", "edits-until")  # in a rule's orders
 
 
 @dataclass
@@ -34,32 +38,35 @@ class Base:
         return added({}, self.edits.values())
 
     def add(self, number: int, edit: Adapter) -> None:
-        """Take what a round adds.
-
-        Raises:
-            RuntimeError: its product may not be finite in float32; nothing is added then.
-        """
-        for first, second in factors.pairs(edit).values():
-            largest = np.linalg.norm(first.astype(float)) * np.linalg.norm(second.astype(float))
-            if not largest < np.finfo(np.float32).max:
-                raise RuntimeError(f"round {number}: finite adapters make an edit of the base model that is not finite")
+        """Take what a round adds, checked by :func:`check`."""
+        check(number, edit)
         self.edits[number] = {key: np.ascontiguousarray(value, dtype=np.float32) for key, value in edit.items()}
 
-    def attach(self, content: RecordDict, node: int) -> None:
-        """Put into a message the edits that a node has not. Until :meth:`confirm`, it counts as having none."""
+    def lacking(self, node: int) -> tuple[dict[str, ArrayRecord], dict[str, int]]:
+        """The edits that a node has not, as records of a message, and the numbers that belong into its orders.
+
+        Until :meth:`confirm` it counts as having none.
+        """
         if not self.edits:
-            return
+            return {}, {}
         after, until = self.held.pop(node, 0), max(self.edits)
-        for number in (number for number in self.edits if number > after):
-            self.made[number] = self.made.get(number) or to_record(self.edits[number])
-            content[f"{EDITS} {number}"] = self.made[number]
+        numbers = [number for number in self.edits if number > after]
+        self.made |= {number: to_record(self.edits[number]) for number in numbers if number not in self.made}
         self.sent[node] = until
-        content["config"] = ConfigRecord({**content["config"], "edits-after": after, "edits-until": until})
+        return {f"{EDITS} {n}": self.made[n] for n in numbers}, dict(zip(ORDERS, (after, until), strict=True))
 
     def confirm(self, node: int) -> None:
         """A reply of a node was used: it has the edits that went out with the request."""
         if node in self.sent:
             self.held[node] = self.sent.pop(node)
+
+
+def check(number: int, edit: Adapter) -> None:
+    """Raise RuntimeError where the product of an edit may not be finite in float32."""
+    for first, second in factors.pairs(edit).values():
+        largest = np.linalg.norm(first.astype(float)) * np.linalg.norm(second.astype(float))
+        if not largest < np.finfo(np.float32).max:
+            raise RuntimeError(f"round {number}: finite adapters make an edit of the base model that is not finite")
 
 
 def added(known: dict[str, np.ndarray], edits: Iterable[Adapter]) -> dict[str, np.ndarray]:
@@ -75,21 +82,25 @@ def added(known: dict[str, np.ndarray], edits: Iterable[Adapter]) -> dict[str, n
     return full
 
 
-def held(message: Message, context: Context) -> dict[str, np.ndarray]:
-    """What a client has to add to its base model, ΔW by layer; it is kept in the client's state for the next time.
+def receive(message: Message, orders: Mapping[str, Any], context: Context) -> None:
+    """Add the edits in a message to those that the client keeps, and leave their sum in the message, for the app.
 
     Raises:
         ValueError: the client has not the edits on which those in the message stand. The server then sends all.
     """
-    config = message.content["config"]
-    if "edits-until" not in config:
-        return {}
-    after = int(config["edits-after"])
+    if ORDERS[1] not in orders:
+        return
+    after, until = (int(orders[name]) for name in ORDERS)
     here = int(context.state[EDIT_ROUND]["round"]) if EDIT_ROUND in context.state.metric_records else 0
     if after and here != after:
         raise ValueError(f"edits up to round {after} are expected here, there are those up to round {here}")
     numbers = sorted(int(name.rpartition(" ")[2]) for name in message.content if name.startswith(f"{EDITS} "))
-    edits = (from_record(message.content[f"{EDITS} {number}"]) for number in numbers)
-    full = added(from_record(context.state[EDIT]) if after else {}, edits)
-    context.state[EDIT], context.state[EDIT_ROUND] = to_record(full), MetricRecord({"round": config["edits-until"]})
-    return full
+    some = (from_record(message.content[f"{EDITS} {number}"]) for number in numbers)
+    full = to_record(added(from_record(context.state[EDIT]) if after else {}, some))
+    context.state[EDIT], context.state[EDIT_ROUND] = full, MetricRecord({"round": until})
+    message.content[EDITS] = full
+
+
+def edit_of(message: Message) -> dict[str, np.ndarray]:
+    """What a client's app has to add to its base model before it trains or scores: ΔW by layer, {} for nothing."""
+    return from_record(message.content.array_records.get(EDITS) or ArrayRecord())

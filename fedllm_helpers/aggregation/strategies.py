@@ -1,4 +1,4 @@
-"""How adapters are combined: the weighted mean, the screening before it, and Flower's strategies around it."""
+"""How adapters are combined: the weighted mean, and what keeps Flower's strategies from ending or bending a run."""
 
 import itertools
 import math
@@ -6,16 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, Message
-from flwr.serverapp import strategy as strategies
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from omegaconf import DictConfig, OmegaConf
 
 from fedllm_helpers.adapters import factors
 from fedllm_helpers.adapters.records import Adapter, from_record, to_record
-from fedllm_helpers.adapters.screening import Reply, printable
-from fedllm_helpers.adapters.wrapping import as_reply
-from fedllm_helpers.config.schema import AVERAGING
+from fedllm_helpers.adapters.screening import printable
+from fedllm_helpers.adapters.wrapping import COMPARING, Wrapper, as_reply
 
 # Fewer replies than these, and what the strategy promises against f cheats does not hold, or nobody is cut off.
 NEEDED: dict[str, Callable[[Any], int]] = {
@@ -66,56 +64,11 @@ def difference(adapter: Adapter, shapes: dict[str, tuple[int, ...]]) -> str | No
     return wrong and f"{wrong!r} has shape {adapter[wrong].shape}, not {shapes[wrong]}"
 
 
-def make_strategy(cfg: DictConfig) -> Strategy:
-    """The strategy named in a configuration, with its arguments. Sampling is the server app's: here it takes all."""
-    everyone = {"fraction_train": 1.0, "fraction_evaluate": 1.0}
-    fewest = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
-    name, given = cfg.federation.strategy, OmegaConf.to_container(cfg.federation.strategy_arguments)
-    if name == "QFedAvg":  # it weights by the loss of the adapter that was sent out
-        given = {"train_loss_key": "loss-before", "client_learning_rate": cfg.train.learning_rate_max} | given
-    return getattr(strategies, name)(**everyone, **fewest, **given)
-
-
-def combine(
-    strategy: Strategy,
-    number: int,
-    replies: Iterable[Reply],
-    like: Message,
-    minimum: int = 1,
-    finish: Callable[[Adapter, float], Adapter] | None = None,
-) -> tuple[Adapter | None, str]:
-    """Combine the usable replies of a round, in the order given, as the strategy does.
-
-    Args:
-        strategy: whose ``configure_train`` saw this round.
-        number: of the round, from 1.
-        replies: screened, ordered by hospital. A strategy that averages gets their weighted mean as one reply, so that
-            only one of them is in memory at a time.
-        like: a request of the round, to which the messages that the strategy gets are replies.
-        minimum: fewer replies than that combine to nothing, and the strategy learns nothing from them.
-        finish: makes of the mean, and of the largest share of a reply in it, what the strategy is given, such as the
-            mean with noise; for strategies that average.
-
-    Returns:
-        The new adapter and ``""``; None and ``""`` where there were too few replies; None and why, where the strategy
-        made nothing of them.
-    """
-    if type(strategy).__name__ in AVERAGING:
-        mean, count = _mean(replies, finish)
-        messages = [as_reply(mean, like)]
-    else:
-        messages = [
-            as_reply(one.arrays, like, one.numbers["num-examples"], one.numbers["loss-before"]) for one in replies
-        ]
-        count = len(messages)
-    return step(strategy, number, messages) if count >= minimum and count else (None, "")
-
-
 def step(strategy: Strategy, number: int, messages: list[Message]) -> tuple[Adapter | None, str]:
     """What a strategy makes of a round's messages, float32; or None and why. Then it is as it was before the round."""
     name, before = type(strategy).__name__, dict(vars(strategy))
     needed = NEEDED.get(name, lambda _: 1)(strategy)
-    if name not in AVERAGING and len(messages) < needed:
+    if len(messages) < needed:
         return None, f"not combined: {name} needs {needed} replies, {len(messages)} came"
 
     def aggregate() -> Adapter | None:
@@ -143,21 +96,89 @@ def tried(name: str, make: Callable[[], Adapter | None]) -> tuple[Adapter | None
     return made, ""
 
 
-def _mean(replies: Iterable[Reply], finish: Callable[[Adapter, float], Adapter] | None) -> tuple[Adapter, int]:
-    weights: list[float] = []
+class TooFew(Exception):
+    """A round has fewer usable replies than it needs."""
 
-    def pairs() -> Iterator[tuple[Adapter, float]]:
-        """Adapters and their numbers of cards, each reply let go before the next."""
+
+class Enough(Wrapper):
+    """A strategy that learns nothing from a round of fewer than ``least`` replies; ``closed`` are masked ones."""
+
+    def __init__(self, strategy: Strategy, least: int, closed: bool = False) -> None:
+        super().__init__(strategy)
+        self.least, self.closed = least, closed
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """What the wrapped strategy makes of enough replies; it reads them all before it does anything."""
+        try:
+            return super().aggregate_train(server_round, self._counted(replies))
+        except TooFew as few:
+            arrived = f"not opened: {few} masked updates arrived, {self.least} are needed"
+            self.why = arrived if self.closed else ""
+            return None, None
+
+    def _counted(self, replies: Iterable[Message]) -> Iterator[Message]:
+        count = 0
         for reply in replies:
-            weights.append(reply.numbers["num-examples"])
-            yield reply.arrays, weights[-1]
+            yield reply
+            count += 1
+        if count < self.least:
+            raise TooFew(count)
 
-    rest = pairs()
-    first = next(rest, None)
-    if first is None:
-        return {}, 0
-    mean = weighted_mean(itertools.chain([first], rest))
-    return finish(mean, max(weights) / sum(weights)) if finish else mean, len(weights)
+
+class Careful(Wrapper):
+    """One of Flower's strategies, whose failures end no run: it is as it was before a round of which it makes nothing.
+
+    It asks in the order of the grid's nodes. If it averages, it gets the weighted mean as one reply, so that only one
+    of them is in memory at a time; else all of them, and never fewer than its promise needs.
+    """
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The wrapped strategy's messages, in order."""
+        places = {node: place for place, node in enumerate(grid.get_node_ids())}
+        messages = super().configure_train(server_round, arrays, config, grid)
+        return sorted(messages, key=lambda message: places[message.metadata.dst_node_id])
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As :meth:`configure_train`."""
+        places = {node: place for place, node in enumerate(grid.get_node_ids())}
+        messages = super().configure_evaluate(server_round, arrays, config, grid)
+        return sorted(messages, key=lambda message: places[message.metadata.dst_node_id])
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """One step of the strategy; ``why`` says where there is none."""
+        given = ((from_record(reply.content["arrays"]), numbers(reply)) for reply in replies)
+        if type(self.strategy).__name__ not in COMPARING:
+            first = next(given, None)
+            pairs = ((arrays, number["num-examples"]) for arrays, number in itertools.chain([first], given))
+            messages = [] if first is None else [self.as_one(weighted_mean(pairs))]
+        else:
+            messages = [
+                as_reply(arrays, self.request, number["num-examples"], number.get("loss-before", 0.0))
+                for arrays, number in given
+            ]
+        if not messages:
+            return None, None
+        made, self.why = step(self.strategy, server_round, messages)
+        return None if made is None else to_record(made), None
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """The mean of ``nll``, weighted by ``num-examples``; None without any."""
+        scored = [(number["num-examples"], number["nll"]) for number in map(numbers, replies)]
+        total = sum(cards for cards, _ in scored)
+        return MetricRecord({"nll": sum(cards * nll for cards, nll in scored) / total}) if total else None
+
+
+def numbers(reply: Message) -> MetricRecord:
+    """The numbers of a reply that was screened."""
+    return next(iter(reply.content.metric_records.values()))
 
 
 def strategy_state(strategy: Strategy) -> tuple[dict[str, np.ndarray], dict[str, list]]:

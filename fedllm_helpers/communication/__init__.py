@@ -1,23 +1,21 @@
-"""What is sent: bytes and seconds on paper, the ledger of a run, and fewer bits. Taught in notebook 07."""
+"""What is sent: bytes and seconds on paper, the ledger of a run, and fewer bits. Taught in notebook 07.
 
-from fedllm_helpers.communication.estimates import (
-    BITS,
-    architecture,
-    estimate,
-    known_architectures,
-    ledger,
-    parameter_counts,
-    transfer_bytes,
-    weight_bytes,
-)
+:mod:`compression` and :mod:`metered` are pieces for any Flower app; :mod:`codec` has their number formats,
+:mod:`estimates` the bytes of models and adapters before anything runs, and :mod:`networks` the seconds that they take.
+"""
 
-__all__ = [
-    "BITS",
-    "architecture",
-    "estimate",
-    "known_architectures",
-    "ledger",
-    "parameter_counts",
-    "transfer_bytes",
-    "weight_bytes",
-]
+from fedllm_helpers.faces import face
+
+NAMES = {
+    "BITS": "codec",
+    "Compressed": "compression",
+    "Metered": "metered",
+    "architecture": "estimates",
+    "estimate": "estimates",
+    "known_architectures": "estimates",
+    "ledger": "estimates",
+    "parameter_counts": "estimates",
+    "transfer_bytes": "estimates",
+    "weight_bytes": "estimates",
+}
+__getattr__, __all__ = face(__name__, NAMES), list(NAMES)

@@ -5,9 +5,8 @@ in each message what is to be done; the mod knows nothing else. Taught in notebo
 """
 
 import json
-import logging
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -16,12 +15,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedllm_helpers.adapters.records import Adapter, from_record, to_record
-from fedllm_helpers.adapters.screening import Expected, looked_at, read_adapter
+from fedllm_helpers.adapters.screening import Expected, Shapes, looked_at, read_adapter
 from fedllm_helpers.adapters.updates import START, update_of
 from fedllm_helpers.adapters.wrapping import Wrapper
 from fedllm_helpers.communication.codec import BITS, decode, encode, layout
 
-logger = logging.getLogger(__name__)
 ORDERS = "compression"  # the record of a message that says what the mod is to do
 RESIDUAL = "residual"  # what a client has not sent yet, in its own ``context.state``
 
@@ -154,7 +152,13 @@ class Compressed(Wrapper):
         error_feedback: bool = True,
     ) -> None:
         self.how = Formats(up, down, keep, error_feedback)
-        super().__init__(strategy, "updates in few bits" if self.how.packs else "")
+        self.reads = "updates in few bits" if self.how.packs else ""
+        self.remembers = "what updates lost" if self.how.remembers else ""
+        super().__init__(strategy)
+
+    def form(self, node: int) -> Shapes:
+        """Of an update in few bits."""
+        return layout(self.how.up, self.how.keep) if self.how.packs else super().form(node)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -187,35 +191,26 @@ class Compressed(Wrapper):
         Raises:
             ValueError: the clients' apps lack :func:`mod`: no reply is compressed.
         """
-        if not self.how.packs:
-            return super().aggregate_train(server_round, replies)
-        usable, plain, faulty = [], None, 0
+        replies = self._decoded(server_round, replies) if self.how.packs else replies
+        return super().aggregate_train(server_round, replies)
+
+    def _decoded(self, number: int, replies: Iterable[Message]) -> Iterator[Message]:
+        plain, decoded = None, 0
         for reply in replies:
-            node, why = reply.metadata.src_node_id, ""
-            if not reply.has_error():
-                plain = (
-                    node if set(reply.content.get("arrays", ())) - set(layout(self.how.up, self.how.keep)) else plain
-                )
-                why = self._decode(reply)
+            node = reply.metadata.src_node_id
+            arrays, why = looked_at(reply, lambda content, node=node: self._adapter(content, node))
             if why:
-                faulty += 1
-                logger.warning("round %d: node %d is left out: %s", server_round, node, why)
-            else:
-                usable.append(reply)
-        if plain is not None and not any(reply.has_content() for reply in usable):
-            raise ValueError(f"node {plain} sends no compressed update: ClientApp(mods=[…]) needs compression.mod")
-        return super().aggregate_train(server_round, usable)
-
-    def _decode(self, reply: Message) -> str:
-        """Put the adapter in place of its update; or say in one line why that cannot be."""
-
-        def read(content: RecordDict) -> Adapter:
-            """The adapter to which the update leads."""
-            like = self.expected(reply.metadata.src_node_id)
-            how = Expected({}, (), layout(self.how.up, self.how.keep), lambda sent: restored(self.how, sent, like))
-            return read_adapter(content, how)
-
-        arrays, why = looked_at(reply, read)
-        if not why:
+                if reply.has_content() and set(reply.content.get("arrays", ())) - set(self.form(node)):
+                    plain = node
+                self.leave_out(number, node, why)
+                continue
+            decoded += 1
             reply.content["arrays"] = to_record(arrays)
-        return why
+            yield reply
+        if plain is not None and not decoded:
+            raise ValueError(f"node {plain} sends no compressed update: ClientApp(mods=[…]) needs compression.mod")
+
+    def _adapter(self, content: RecordDict, node: int) -> Adapter:
+        like = self.expected(node)
+        how = Expected({}, (), self.form(node), lambda sent: restored(self.how, sent, like))
+        return read_adapter(content, how)

@@ -187,7 +187,7 @@ def ledger(
         clients: of :class:`simulation.FederatedRecord`; replies that were not used are left out.
         counts: of the model and its adapter.
         up, down: number formats of ``federation.compression``. Top-k has no formula: its mask depends on the values.
-        values: of rules that do not send the whole adapter, :func:`rules.values`: numbers of adapter and
+        values: of rules that do not send the whole adapter, :func:`chain.values`: numbers of adapter and
             edits in a message. Edits are in fp32; scales of int8 and int4 are left to the overhead. None: the adapter.
 
     Returns:

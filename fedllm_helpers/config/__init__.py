@@ -18,6 +18,8 @@ from fedllm_helpers.config import contradictions, prompts, training_arguments
 from fedllm_helpers.config.schema import Config
 from fedllm_helpers.config.sealing import sealed
 
+__all__ = ["checked", "explain", "load"]
+
 PRESETS = ("cpu", "course", "gpu")
 FLAGS = {"true", "false", "yes", "no", "on", "off", "y", "n", "t", "f", "1", "0"}
 CONF = Path(str(files("fedllm_helpers") / "conf"))

@@ -4,14 +4,7 @@
 imported before it is used: the watchdog and whoever makes a certificate wait for no torch.
 """
 
-from importlib import import_module
-from typing import Any
+from fedllm_helpers.faces import face
 
-__all__ = ["bring_back", "kill", "start", "start_node", "start_server", "wait_online"]
-
-
-def __getattr__(name: str) -> Any:
-    """The names of this face, from :mod:`hosts`."""
-    if name in __all__:
-        return getattr(import_module("fedllm_helpers.deployment.hosts"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+NAMES = dict.fromkeys(["bring_back", "kill", "start", "start_node", "start_server", "wait_online"], "hosts")
+__getattr__, __all__ = face(__name__, NAMES), list(NAMES)

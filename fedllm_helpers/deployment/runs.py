@@ -159,13 +159,12 @@ def collect(running: Deployment, cfg: DictConfig, name: str = "run") -> Federate
         ValueError: it ran with other settings.
     """
     folder, rounds = run_folder(running, name), cfg.federation.num_rounds
-    last = checkpoints.latest(folder, cfg) if folder.is_dir() else None
+    last = checkpoints.latest(folder, OmegaConf.to_container(cfg)) if folder.is_dir() else None
     if last is None or last.number < rounds:
         raise RuntimeError(
             f"{folder} has {last.number if last else 0} of {rounds} rounds: submit the run again to go on"
         )
-    tables, base = Tables(last.history, last.clients), Base()
-    base.edits |= last.edits
+    tables, base = Tables(last.history, last.clients), Base(last.edits)
     origin = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
     return FederatedRecord(last.adapter, tables.history_frame(), tables.clients_frame(), origin, base.whole())
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -41,7 +40,7 @@ class Checkpoint:
     edits: dict[int, Adapter] = field(default_factory=dict)
 
 
-def save(folder: Path, cfg: DictConfig, checkpoint: Checkpoint) -> Path:
+def save(folder: Path, settings: dict[str, Any], checkpoint: Checkpoint) -> Path:
     """Write a round as one safetensors file, whole or not at all, and drop those older than the newest two.
 
     What a round adds to the base model is a file of its own, written once; later rounds name it.
@@ -63,7 +62,7 @@ def save(folder: Path, cfg: DictConfig, checkpoint: Checkpoint) -> Path:
             edits[number] = before or _write(path, edit, {"number": number, "keys": list(edit)})
         record = {
             "number": checkpoint.number,
-            "config": OmegaConf.to_container(cfg),
+            "config": settings,
             "keys": list(checkpoint.adapter),
             "strategy": checkpoint.strategy_kinds,
             "history": checkpoint.history,
@@ -83,12 +82,12 @@ def kept_or_said(folder: Path, what: str) -> contextlib.AbstractContextManager:
     return folders.said(what, folder, "the rounds before are whole: make room, and start the run again to go on")
 
 
-def latest(folder: Path, cfg: DictConfig) -> Checkpoint | None:
+def latest(folder: Path, settings: dict[str, Any]) -> Checkpoint | None:
     """The newest whole round of a folder; a damaged one is named in the log, renamed and passed over.
 
     Raises:
-        ValueError: the folder is of another configuration; the line names the keys that differ. Or it has rounds and
-            none is whole; they stay as they are.
+        ValueError: the folder is of a run with other settings; the line names the keys that differ. Or it has rounds
+            and none is whole; they stay as they are.
         OSError: a file may not be read; nothing is renamed.
     """
     damaged: list[tuple[Path, ValueError]] = []
@@ -99,7 +98,7 @@ def latest(folder: Path, cfg: DictConfig) -> Checkpoint | None:
         except ValueError as error:
             damaged.append((path, error))
             continue
-        _check_same(path, record["config"], OmegaConf.to_container(cfg))
+        _check_same(path, record["config"], settings)
         for one, why in damaged:
             logger.warning("%s is damaged (%s): going back to the round before, %d", one, why, number)
             folders.aside(one)

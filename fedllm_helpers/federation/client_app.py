@@ -1,7 +1,9 @@
 """Flower ClientApp of one hospital: trains on its own cards, sends back an adapter and a few numbers, never a card."""
 
 import logging
+import math
 import time
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -13,22 +15,20 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedllm_helpers import data, models, training
 from fedllm_helpers.adapters import packing
-from fedllm_helpers.adapters.records import to_record
-from fedllm_helpers.adapters.updates import START
+from fedllm_helpers.adapters.records import from_record, to_record
 from fedllm_helpers.aggregation import edits, rules
 from fedllm_helpers.communication import compression
 from fedllm_helpers.config.runs import settings
 from fedllm_helpers.data import partitions
 from fedllm_helpers.evaluation.scoring import score_answers
-from fedllm_helpers.federation.process import cpu_threads
 from fedllm_helpers.models import editing
-from fedllm_helpers.models.process import base_model
-from fedllm_helpers.privacy import accounting, masked_clients, noise
+from fedllm_helpers.models.process import base_model, cpu_threads
+from fedllm_helpers.privacy import masked_clients, noise
 from fedllm_helpers.training import guarantees
 
 logger = logging.getLogger(__name__)
 TIMES = 8  # a card stands in a batch at most: a hospital with few cards takes part with the batch of the others
-app = ClientApp(mods=[packing.client_mod, compression.mod, masked_clients.mod])
+app = ClientApp(mods=[packing.client_mod, compression.mod, masked_clients.mod, rules.mod])
 masked_clients.register(app, lambda context: len(node_cards(context, int(context.node_config["partition-id"]))[0]))
 
 
@@ -48,43 +48,55 @@ def introduce(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Take the average adapter, train it on the hospital's own cards, and send it back with its numbers.
 
-    Losses are nats per answer token on the first batch of the round, before and after training on it and the others;
-    where privacy is promised, neither they nor the tokens, the seconds or the cards drawn leave the hospital.
+    Losses are nats per answer token on the first batch of the round, before and after training on it and the others.
     """
     cfg, hospital, start = settings(context), int(context.node_config["partition-id"]), time.perf_counter()
     orders, mine = message.content["config"], node_cards(context, hospital)[0]
-    number, mu = int(orders["server-round"]), float(orders.get("proximal-mu", 0.0))
-    local, plan = training.round_config(cfg, number, hospital), guarantees.record_privacy(cfg, len(mine))
-    cards = mine if plan else cards_of_round(mine, cfg, number, hospital)  # DP-SGD draws from all of them
-    trainer = _private_trainer(cfg, plan, number, hospital) if plan else None
-    losses = [] if noise.silent(cfg) else [_first_batch(cards, local)]
+    work = _work(cfg, mine, int(orders["server-round"]), hospital)
+    how = {"learning_rate": float(orders["lr"]), "proximal_mu": float(orders.get("proximal-mu", 0.0))}
     model, tokenizer = base_model(cfg)
-    received = rules.received(cfg, message, context)
-    models.set_adapter(model, received)
-    with cpu_threads(cfg), editing.edited(model, edits.held(message, context)):
-        before = [_loss(cfg, probe) for probe in losses]
-        options = {"learning_rate": float(orders["lr"]), "proximal_mu": mu, "trainer": trainer}
-        with editing.only_trained(model, rules.trained(cfg, number)):
-            record = training.fine_tune(model, tokenizer, cards, local, **options, description=None)
-        after, adapter = [_loss(cfg, probe) for probe in losses], models.get_adapter(model)
-    rules.keep(cfg, adapter, context)
-    metrics = {"partition-id": hospital, "num-examples": len(mine)}
-    metrics["examples"] = record.examples if plan is None else round(plan.examples / cfg.federation.num_rounds)
-    if losses:
-        metrics |= {"tokens": record.tokens, "loss-before": before[0], "loss-after": after[0]}
-        metrics |= {"train-seconds": record.seconds, "seconds": time.perf_counter() - start}
-    records = {"arrays": to_record(rules.up(cfg, adapter, number, hospital)), "metrics": MetricRecord(metrics)}
-    if START in message.content:  # a mod asks from where the update is measured
-        records[START] = to_record(rules.up(cfg, received, number, hospital))
-    return Message(RecordDict(records), reply_to=message)
+    models.set_adapter(model, from_record(message.content["arrays"]))
+    with cpu_threads(cfg), editing.edited(model, edits.edit_of(message)):
+        before = _loss(cfg, work.probe)
+        with editing.only_trained(model, rules.trained(message)):
+            record = training.fine_tune(
+                model, tokenizer, work.cards, work.settings, **how, trainer=work.trainer, description=None
+            )
+        after = _loss(cfg, work.probe)
+    told = {"partition-id": hospital, "num-examples": len(mine), "examples": work.examples or record.examples}
+    if len(work.probe):
+        told |= {"tokens": record.tokens, "loss-before": before, "loss-after": after}
+        told |= {"train-seconds": record.seconds, "seconds": time.perf_counter() - start}
+    content = {"arrays": to_record(models.get_adapter(model)), "metrics": MetricRecord(told)}
+    return Message(RecordDict(content), reply_to=message)
 
 
-def _private_trainer(cfg: DictConfig, plan: accounting.RecordPrivacy, number: int, hospital: int) -> partial:
+@dataclass(frozen=True)
+class Work:
+    """What a hospital does in a round: its cards, the training's settings, and the cards on which it measures losses.
+
+    Where privacy is promised, there are none of these, and neither losses nor tokens nor seconds leave the hospital;
+    with DP-SGD there is a trainer for it, and ``examples`` is what its plan expects to draw, not what it drew.
+    """
+
+    cards: Dataset
+    settings: DictConfig
+    probe: Dataset
+    trainer: partial | None = None
+    examples: int = 0
+
+
+def _work(cfg: DictConfig, mine: Dataset, number: int, hospital: int) -> Work:
+    local, plan = training.round_config(cfg, number, hospital), guarantees.record_privacy(cfg, len(mine))
+    if plan is None:
+        cards = cards_of_round(mine, cfg, number, hospital)
+        return Work(cards, local, cards.select([]) if noise.silent(cfg) else _first_batch(cards, local))
     from fedllm_helpers.training import (
         dp_sgd,  # Opacus takes a second to import, and a deployed client is a new process each time
     )
 
-    return dp_sgd.trainer(plan, noise.noise_seed(cfg, 1, number, hospital))
+    trainer = dp_sgd.trainer(plan, noise.noise_seed(cfg, 1, number, hospital))  # it draws from all cards
+    return Work(mine, local, mine.select([]), trainer, round(plan.examples / cfg.federation.num_rounds))
 
 
 def _first_batch(cards: Dataset, local: DictConfig) -> Dataset:
@@ -97,16 +109,17 @@ def evaluate(message: Message, context: Context) -> Message:
     """Score the average adapter on the hospital's own held-out cards: nats per answer token, and how many cards."""
     cfg, hospital = settings(context), int(context.node_config["partition-id"])
     cards, metrics = node_cards(context, hospital)[1], {"partition-id": hospital, "num-examples": 0, "nll": 0.0}
-    edit = edits.held(message, context)  # whatever there is to score: the server counts on it
     if len(cards):
         model, _ = base_model(cfg)
-        models.set_adapter(model, rules.received(cfg, message, context))
-        with cpu_threads(cfg), editing.edited(model, edit):
+        models.set_adapter(model, from_record(message.content["arrays"]))
+        with cpu_threads(cfg), editing.edited(model, edits.edit_of(message)):
             metrics |= {"num-examples": len(cards), "nll": _loss(cfg, cards)}
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
 
 
 def _loss(cfg: DictConfig, cards: Dataset) -> float:
+    if not len(cards):
+        return math.nan
     scores = score_answers(*base_model(cfg), cards, cfg)
     return float(scores.nll.sum() / scores.tokens.sum())
 

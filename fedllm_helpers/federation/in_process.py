@@ -1,6 +1,8 @@
 """A Flower grid whose clients run in this process: any two apps, without a network."""
 
+import contextlib
 import itertools
+import logging
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -16,8 +18,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedllm_helpers import limits
 from fedllm_helpers.adapters.records import Adapter, from_record
-from fedllm_helpers.aggregation import edits
-from fedllm_helpers.privacy import masked_clients
+from fedllm_helpers.adapters.updates import PASSING
 
 SERVER_NODE, FIRST_CLIENT_NODE, CLIENT_RAISED = 1, 2, 2  # the last is Flower's ErrorCode for a ClientApp that raised
 
@@ -112,11 +113,10 @@ class InProcessGrid(Grid):
     def remembered(self) -> dict[str, np.ndarray]:
         """What clients remember, as bytes by node.
 
-        Without the secrets of a masked round, which are nobody else's, and edits of the base, which the server has.
+        Without what a technique declared as :data:`PASSING`: secrets of a round, and what the server has itself.
         """
-        left = (masked_clients.KEPT, edits.EDIT, edits.EDIT_ROUND)
         states = {
-            node: RecordDict({name: record for name, record in state.items() if name not in left})
+            node: RecordDict({name: record for name, record in state.items() if not name.startswith(PASSING)})
             for node, state in self.states.items()
         }
         whole = {str(node): recorddict_to_proto(state).SerializeToString() for node, state in states.items() if state}
@@ -150,3 +150,22 @@ class InProcessGrid(Grid):
 
 def _over_the_wire(message: Message) -> Message:
     return message_from_proto(MessageProto.FromString(message_to_proto(message).SerializeToString()))
+
+
+@contextlib.contextmanager
+def quiet_flower() -> Iterator[None]:
+    """Flower's log from warnings on; without the one about ``run_simulation``, whose successor is a command."""
+    logger = logging.getLogger("flwr")
+    before = logger.level
+
+    def wanted(record: logging.LogRecord) -> bool:
+        """Everything but that one."""
+        return "DEPRECATED FEATURE" not in record.getMessage()
+
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        logger.removeFilter(wanted)

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from flwr.app import Message, RecordDict
@@ -32,6 +33,40 @@ def sample(cfg: DictConfig, step: Round, present: Iterable[int], *purpose: int) 
     others = sorted(present - set(asked))
     asked += rng.choice(others, size=min(len(away), len(others)), replace=False).tolist() if away and others else []
     return sorted(asked), sorted(away)
+
+
+class Present:
+    """A grid as strategies see it in a round: its nodes are those of the hospitals that are asked, in order."""
+
+    def __init__(self, grid: Grid, names: dict[int, int], asked: Iterable[int]) -> None:
+        self.grid, nodes = grid, {hospital: node for node, hospital in names.items()}
+        self.nodes = [nodes[hospital] for hospital in asked]
+
+    def get_node_ids(self) -> list[int]:
+        """The nodes that are asked."""
+        return list(self.nodes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.grid, name)
+
+
+def answers(here: Present, requests: Iterable[Message], timeout: float) -> Iterator[Message]:
+    """The replies to requests, each from the node that was asked, in the order of the hospitals.
+
+    In one process they come one by one, in the order in which they were asked.
+    """
+
+    def known() -> Iterator[Message]:
+        """Replies to what was asked."""
+        for node, reply in send(here.grid, requests, timeout):
+            if node is None:
+                logger.warning("a reply that nobody asked for is left out")
+                continue
+            reply.metadata.__dict__["_src_node_id"] = node  # where it went offline, the server answers in its place
+            yield reply
+
+    lazy, places = getattr(here.grid, "lazy", False), {node: place for place, node in enumerate(here.nodes)}
+    yield from known() if lazy else sorted(known(), key=lambda reply: places[reply.metadata.src_node_id])
 
 
 def join(grid: Grid, cfg: DictConfig) -> tuple[DictConfig, Answers]:

@@ -1,31 +1,21 @@
-"""One round of a federation on the server: who is there, who is asked, and what came back."""
+"""One round of a federation on the server: who is asked, what comes back, and what is written down of it."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from fedllm_helpers.adapters.records import Adapter, message_bytes
-from fedllm_helpers.adapters.screening import LIMITS, Expected, Reply, screen, shapes_of
-from fedllm_helpers.adapters.wrapping import as_reply
-from fedllm_helpers.aggregation import rules, strategies
-from fedllm_helpers.aggregation.edits import Base
-from fedllm_helpers.communication.codec import layout
-from fedllm_helpers.communication.compression import restored
-from fedllm_helpers.config.schema import BY_PRODUCT
-from fedllm_helpers.federation.nodes import sample, send
-from fedllm_helpers.federation.outgoing import Outgoing, formats, masks, training_orders
+from fedllm_helpers.adapters.records import Adapter, from_record, to_record
+from fedllm_helpers.adapters.screening import Reply
+from fedllm_helpers.federation.chain import Chain
+from fedllm_helpers.federation.nodes import Present, answers, sample
 from fedllm_helpers.federation.tables import NUMBERS, Tables, summary
-from fedllm_helpers.privacy import noise
-from fedllm_helpers.privacy.masked_clients import MASKED, SENT
-from fedllm_helpers.privacy.masked_rounds import Session
 from fedllm_helpers.training.fine_tuning import Round
 
 logger = logging.getLogger(__name__)
@@ -33,33 +23,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Federation:
-    """What stays the same over the rounds: ``tables`` and ``base``, the edits of the base model, are added to."""
+    """What stays the same over the rounds: ``tables`` are added to, ``chain`` has the strategies."""
 
     grid: Grid
     cfg: DictConfig
-    strategy: Strategy
+    chain: Chain
     tables: Tables
-    base: Base
     shown: tqdm
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """One round under way: what was sent to whom, and the replies that were left out."""
-
-    run: Federation
-    step: Round
-    adapter: Adapter
-    asked: list[int]
-    out: Outgoing
-    left: list[Reply] = field(default_factory=list)
-
-
 def run_round(run: Federation, step: Round, adapter: Adapter, names: dict[int, int]) -> tuple[Adapter, dict[str, Any]]:
-    """Send the adapter out, screen what comes back, combine it as ``federation.aggregation`` says.
+    """Send the adapter down the chain of strategies and out, and take what comes back up the chain.
 
     Args:
-        run: to whose tables a row for every hospital that was drawn is added, and to whose base what a rule edits.
+        run: to whose tables a row for every hospital that was drawn is added.
         step: number, rate and size of the round.
         adapter: of the server.
         names: the hospital of each node that is connected.
@@ -71,169 +48,96 @@ def run_round(run: Federation, step: Round, adapter: Adapter, names: dict[int, i
     Raises:
         RuntimeError: no reply was usable, or nothing was made of them, and so it was in the round before.
     """
-    adapter = rules.begin(run.cfg, step.number, adapter)
-    nodes, first = {hospital: node for node, hospital in names.items()}, len(run.tables.clients)
-    asked, away = sample(run.cfg, step, nodes)
-    orders = training_orders(run.cfg, run.strategy, step, adapter, nodes[asked[0]])
-    turn = _Turn(run, step, adapter, asked, Outgoing(run.cfg, adapter, run.base, nodes, orders))
-    combine = _combine_masked if run.cfg.federation.secure_aggregation.threshold else _combine_open
-    combined, why, more = combine(turn)
-    _finish_rows(turn, first, away, why)
-    row = summary(step, run.tables.clients[first:], *more)
-    _say_what_is_missing(turn, row, away, why)
+    top, number = run.chain.top, step.number
+    asked, away = sample(run.cfg, step, names.values())
+    run.chain.named(names)
+    here = Present(run.grid, names, asked)
+    requests = top.configure_train(number, to_record(adapter), ConfigRecord({"lr": step.learning_rate}), here)
+    arrays, _ = top.aggregate_train(number, _shown(run, number, answers(here, requests, run.cfg.federation.timeout)))
+    row = _write_down(run, step, asked, away)
+    adapter = adapter if arrays is None else from_record(arrays)
     if run.cfg.federation.fraction_evaluate:
-        _evaluate_at_clients(replace(turn, out=Outgoing(run.cfg, combined or adapter, run.base, nodes)), row)
-    return combined or adapter, row
+        _evaluate_at_clients(run, step, adapter, names, row)
+    return adapter, row
 
 
-def _combine_open(turn: _Turn) -> tuple[Adapter | None, str, tuple[int, int]]:
-    """The replies one by one, combined as rule and strategy do; no bytes beside the messages in the table."""
-    run, number, cfg = turn.run, turn.step.number, turn.run.cfg
-    replies = _usable(turn, lambda hospital: rules.up(cfg, turn.adapter, number, hospital))
-    least = cfg.federation.min_replies
-    if cfg.federation.aggregation in BY_PRODUCT:
-        given = [(reply.arrays, reply.numbers["num-examples"]) for reply in replies]
-        if len(given) < least:
-            return None, "", (0, 0)
-        return *strategies.tried(cfg.federation.aggregation, lambda: _products(turn, given)), (0, 0)
-    part = rules.up(cfg, turn.adapter, number)
-    tidy = (noise.bounded(cfg, reply, part) for reply in replies)
-    finish = noise.finish(cfg, number)
-    combined, why = strategies.combine(run.strategy, number, tidy, turn.out.request, least, finish)
-    return combined and {**turn.adapter, **combined}, why, (0, 0)
-
-
-def _products(turn: _Turn, given: list[tuple[Adapter, float]]) -> Adapter:
-    """The rules that need all replies at once; what is added to the base model goes into the run's base."""
-    combined, edit = rules.combined(turn.run.cfg, turn.step.number, turn.adapter, given)
-    if edit is not None:
-        turn.run.base.add(turn.step.number, edit)
-    return combined
-
-
-def _combine_masked(turn: _Turn) -> tuple[Adapter | None, str, tuple[int, int]]:
-    """The sum of masked replies, opened; and the bytes of keys, shares and openings, down and up."""
-    run, out, cfg, number = turn.run, turn.out, turn.run.cfg, turn.step.number
-    session, part, opened = Session(run.grid, masks(cfg), number, out.nodes), rules.up(cfg, turn.adapter, number), None
-    present = session.begin(turn.asked)
-    if present:
-        out.more = {SENT: session.orders()}
-        masked = {MASKED: np.zeros(sum(value.size for value in part.values()), np.uint32)}
-        for reply in _usable(replace(turn, asked=present), lambda _: masked):
-            session.add(reply)
-        if len(session.survivors) >= cfg.federation.min_replies:
-            opened = session.end(part)
-    more = session.bytes_down, session.bytes_up
-    if opened is None:
-        needed = max(session.how.threshold, cfg.federation.min_replies)
-        return None, f"not opened: {len(session.survivors)} masked updates arrived, {needed} are needed", more
-    finish = noise.finish(cfg, number)
-    mean = finish(*opened) if finish else opened[0]
-    combined, why = strategies.step(run.strategy, number, [as_reply(mean, out.request)])
-    return combined and {**turn.adapter, **combined}, why, more
-
-
-def _usable(turn: _Turn, like: Callable[[int], Adapter]) -> Iterator[Reply]:
-    """The usable replies as they come; every reply leaves a row, every one that is left out a line in the log.
-
-    Whoever sent a usable one has the edits that went out with the request.
-    """
-    run, out, number = turn.run, turn.out, turn.step.number
-    for hospital, message in _answers(turn, "train"):
-        reply = screen(message, hospital, message_bytes(message), _expected(run.cfg, like(hospital)))
-        figures = {name: reply.numbers[name] for name in NUMBERS}
-        run.tables.clients.append((number, hospital, reply.status, out.sizes[hospital], reply.size, *figures.values()))
+def _shown(run: Federation, number: int, replies: Iterable[Message]) -> Iterator[Message]:
+    """The replies, each on the bar once it was looked at."""
+    for reply in replies:
+        yield reply
         run.shown.set_description(f"round {number}", refresh=False)
-        if np.isfinite(figures["loss-after"]):
-            run.shown.set_postfix_str(f"loss {figures['loss-after']:.2f}", refresh=False)
+        seen = run.chain.screened.seen.get(reply.metadata.src_node_id)
+        if seen and np.isfinite(seen.numbers["loss-after"]):
+            run.shown.set_postfix_str(f"loss {seen.numbers['loss-after']:.2f}", refresh=False)
         run.shown.update()
-        if reply.status == "used":
-            out.base.confirm(out.nodes[hospital])
-            yield reply
-        else:
-            turn.left.append(reply)
-            logger.warning("round %d: hospital %d is left out: %s", number, hospital, reply.status)
 
 
-def _expected(cfg: DictConfig, like: Adapter) -> Expected:
-    """A reply to a training message: arrays like these, or an update that leads to them; and numbers."""
-    numbers = {name: LIMITS.get(name, (1, cfg.federation.max_cards)) for name in NUMBERS}
-    required = ("num-examples",) if noise.silent(cfg) else ("num-examples", "loss-before")
-    how = formats(cfg)
-    if not how.packs:
-        return Expected(numbers, required, shapes_of(like))
-    return Expected(numbers, required, layout(how.up, how.keep), lambda encoded: restored(how, encoded, like))
+def _write_down(run: Federation, step: Round, asked: list[int], away: list[int]) -> dict[str, Any]:
+    """Add a row for every hospital that was drawn; the row of the round.
+
+    Raises:
+        RuntimeError: as :func:`run_round`.
+    """
+    chain, number, nothing = run.chain, step.number, [float("nan")] * len(NUMBERS)
+    sizes = {(way, node): size for row, kind, way, node, size in chain.top.rows if (row, kind) == (number, "train")}
+    why, rows, nodes = chain.why(), [], {hospital: node for node, hospital in chain.hospitals.items()}
+    came = "not combined" if why.startswith("not combined") else "not opened" if why else "used"
+    for node, reply in chain.screened.seen.items():
+        status = chain.status(node)
+        status = (why if came == "not combined" else came) if status == "used" else status
+        figures = [reply.numbers[name] for name in NUMBERS]
+        rows.append((number, chain.hospitals[node], status, sizes["down", node], sizes["up", node], *figures))
+    silent = [hospital for hospital in asked if nodes[hospital] not in chain.screened.seen]
+    rows += [(number, k, "no reply", sizes.get(("down", nodes[k]), 0), 0, *nothing) for k in silent]
+    rows += [(number, k, "not connected", 0, 0, *nothing) for k in away]
+    run.tables.clients.extend(rows)
+    session = chain.masked and chain.masked.session
+    row = summary(step, rows, *((session.bytes_down, session.bytes_up) if session else ()))
+    left = [chain.screened.seen[node] for node in chain.screened.seen if chain.status(node) != "used"]
+    _say_what_is_missing(run, row, away, left)
+    return row
 
 
-def _answers(turn: _Turn, kind: str) -> Iterable[tuple[int, Message]]:
-    """(hospital, reply) in order of hospital."""
-    run, names = turn.run, {node: hospital for hospital, node in turn.out.nodes.items()}
-    requests = (turn.out.message(hospital, kind) for hospital in turn.asked)
-
-    def known() -> Iterator[tuple[int, Message]]:
-        """Replies to what was asked."""
-        for node, reply in send(run.grid, requests, run.cfg.federation.timeout):
-            if node in names:
-                yield names[node], reply
-            else:
-                logger.warning("round %d: a reply that nobody asked for is left out", turn.step.number)
-
-    # in one process they come one by one, in the order in which they were asked
-    return known() if getattr(run.grid, "lazy", False) else sorted(known(), key=lambda answer: answer[0])
-
-
-def _finish_rows(turn: _Turn, first: int, away: list[int], why: str) -> None:
-    """Say of replies that came to nothing that they did, and give those that sent none a row."""
-    rows, number, nothing = turn.run.tables.clients, turn.step.number, [float("nan")] * len(NUMBERS)
-    if why:
-        status = why if why.startswith("not combined") else "not opened"
-        rows[first:] = [(*row[:2], status if row[2] == "used" else row[2], *row[3:]) for row in rows[first:]]
-    silent = sorted(set(turn.asked) - {row[1] for row in rows[first:]})
-    rows.extend((number, k, "no reply", turn.out.sizes.get(k, 0), 0, *nothing) for k in silent)
-    rows.extend((number, k, "not connected", 0, 0, *nothing) for k in away)
-
-
-def _say_what_is_missing(turn: _Turn, row: dict[str, Any], away: list[int], why: str) -> None:
-    number, used, cfg, history = row["round"], row["used"], turn.run.cfg, turn.run.tables.history
+def _say_what_is_missing(run: Federation, row: dict[str, Any], away: list[int], left: list[Reply]) -> None:
+    number, used, why, history = row["round"], row["used"], run.chain.why(), run.tables.history
     if away:
         logger.warning("round %d: not connected: hospitals %s", number, ", ".join(map(str, away)))
-    if not used:
-        before, first = history[-1] if history else {}, next(iter(turn.left), None)
-        said = f"round {number}: none of {row['asked']} hospitals sent a usable adapter; "
-        said += f"the first, hospital {first.hospital}: {first.status}" if first else why or "no reply in time"
-        idle = why.startswith("not combined")
-        said = f"round {number}: {why}" if idle else said
-        if not before.get("used") and not (idle and "used" not in before):
-            error = RuntimeError(said)
-            if first and first.trace:
-                error.add_note(first.trace)
-            raise error
-        logger.warning("%s; the adapter stays as it was, and another such round ends the run", said)
-    elif used < cfg.federation.min_replies:
-        kept = f"federation.min_replies={cfg.federation.min_replies}: the adapter stays as it was"
+    least = run.cfg.federation.min_replies
+    if used >= least:
+        return
+    if used:
+        kept = f"federation.min_replies={least}: the adapter stays as it was"
         logger.warning("round %d: %d usable replies of %d, %s", number, used, row["asked"], kept)
+        return
+    said = f"round {number}: none of {row['asked']} hospitals sent a usable adapter; "
+    if left:
+        hospital, status = run.chain.hospitals[left[0].sender], run.chain.status(left[0].sender)
+        said += f"the first, hospital {hospital}: {status}"
+    else:
+        said += why or "no reply in time"
+    idle, before = why.startswith("not combined"), history[-1] if history else {}
+    said = f"round {number}: {why}" if idle else said
+    if not before.get("used") and not (idle and "used" not in before):
+        error = RuntimeError(said)
+        if left and left[0].trace:
+            error.add_note(left[0].trace)
+        raise error
+    logger.warning("%s; the adapter stays as it was, and another such round ends the run", said)
 
 
-def _evaluate_at_clients(turn: _Turn, row: dict[str, Any]) -> None:
+def _evaluate_at_clients(
+    run: Federation, step: Round, adapter: Adapter, names: dict[int, int], row: dict[str, Any]
+) -> None:
     """Put into the row: nats per answer token on sampled hospitals' own held-out cards, weighted by cards.
 
     They are drawn by themselves: were they those that trained, the average would be scored where it came from.
     """
-    cfg, out, number = turn.run.cfg, turn.out, turn.step.number
+    cfg, top, number = run.cfg, run.chain.top, step.number
     size = max(1, round(cfg.federation.fraction_evaluate * cfg.federation.num_clients))
-    asked, _ = sample(cfg, replace(turn.step, clients=size), out.nodes, 1)
-    orders = RecordDict({"config": ConfigRecord({"server-round": number})})
-    out.request = Message(orders, out.nodes[asked[0]], "evaluate")
-    limits = {"num-examples": (0, cfg.federation.max_cards), "nll": LIMITS["nll"]}
-    scored = []
-    for hospital, message in _answers(replace(turn, asked=asked), "evaluate"):
-        reply = screen(message, hospital, message_bytes(message), Expected(limits, tuple(limits)))
-        row["bytes_up"] += reply.size
-        if reply.status == "used":
-            scored.append((reply.numbers["num-examples"], reply.numbers["nll"]))
-            out.base.confirm(out.nodes[hospital])
-        else:
-            logger.warning("round %d: hospital %d's evaluation is left out: %s", number, hospital, reply.status)
-    row["bytes_down"] += sum(out.sizes.values())
-    total = sum(cards for cards, _ in scored)
-    row["client_nll"] = sum(cards * nll for cards, nll in scored) / total if total else float("nan")
+    asked, _ = sample(cfg, replace(step, clients=size), names.values(), 1)
+    here, weighed = Present(run.grid, names, asked), len(top.rows)
+    requests = top.configure_evaluate(number, to_record(adapter), ConfigRecord(), here)
+    scored = top.aggregate_evaluate(number, answers(here, requests, cfg.federation.timeout))
+    for _, _, way, _, size in top.rows[weighed:]:
+        row[f"bytes_{way}"] += size
+    row["client_nll"] = scored["nll"] if scored else float("nan")

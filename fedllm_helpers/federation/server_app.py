@@ -10,24 +10,24 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import Strategy
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from fedllm_helpers import data, folders, models, training
+from fedllm_helpers.adapters import factors
 from fedllm_helpers.adapters.records import Adapter, to_record
-from fedllm_helpers.aggregation import rules, strategies
-from fedllm_helpers.aggregation.edits import Base
+from fedllm_helpers.aggregation.ruled import Rule
+from fedllm_helpers.aggregation.rules import scaled
 from fedllm_helpers.config.runs import settings
 from fedllm_helpers.evaluation.scoring import score_answers
-from fedllm_helpers.federation import checkpoints, run_folders
+from fedllm_helpers.federation import checkpoints, resumed, run_folders
+from fedllm_helpers.federation.chain import Chain, compose
+from fedllm_helpers.federation.in_process import quiet_flower
 from fedllm_helpers.federation.nodes import Answers, hospitals, join
-from fedllm_helpers.federation.outgoing import formats
-from fedllm_helpers.federation.process import cpu_threads, quiet_flower
 from fedllm_helpers.federation.provenance import fingerprint, provenance
 from fedllm_helpers.federation.rounds import Federation, run_round
 from fedllm_helpers.federation.tables import Tables, bar, report
 from fedllm_helpers.models import editing
-from fedllm_helpers.models.process import base_model, first_adapter
+from fedllm_helpers.models.process import base_model, cpu_threads, first_adapter
 from fedllm_helpers.privacy import noise
 from fedllm_helpers.training import memory
 
@@ -63,17 +63,17 @@ def main(grid: Grid, context: Context) -> None:
         print(f"rounds are kept in {folder}: a run with this folder in its settings goes on from there", flush=True)
     with quiet_flower(), run_folders.alone_in(folder):
         cfg, answers = join(grid, cfg)
-        base, start = Base(), first_adapter(cfg)
+        chain, start = compose(cfg), first_adapter(cfg)
         seen = fingerprint(cfg, cards="cards" not in given and bool(cfg.federation.evaluate_every))
         origin = provenance(cfg, fingerprint={**seen, "cards": str(given.get("cards", seen["cards"]))})
-        keep = partial(_keep, cfg, base, folder) if folder else None
-        options = Options(_evaluation(cfg, base), keep, folder, progress)
+        keep = partial(_keep, cfg, chain.rule, folder) if folder else None
+        options = Options(_evaluation(cfg, chain.rule), keep, folder, progress)
         if folder:
             run_folders.check_origin(folder, origin)
-        adapter, tables = federate(grid, cfg, start, options, base=base, answers=answers)
+        adapter, tables = federate(grid, cfg, start, options, chain=chain, answers=answers)
         rows = {"history": json.dumps(tables.history), "clients": json.dumps(tables.clients)}
         context.state["adapter"], context.state["tables"] = to_record(adapter), ConfigRecord(rows)
-        context.state["edit"] = to_record(base.whole())
+        context.state["edit"] = to_record(chain.rule.base.whole())
         if folder:
             with checkpoints.kept_or_said(folder, "the last adapter with its tables"):
                 keep(adapter, "adapter")
@@ -82,15 +82,15 @@ def main(grid: Grid, context: Context) -> None:
                 folders.write(folder / run_folders.ORIGIN, json.dumps(origin, indent=1))
 
 
-def _evaluation(cfg: DictConfig, base: Base) -> Callable[[Adapter], float] | None:
+def _evaluation(cfg: DictConfig, rule: Rule) -> Callable[[Adapter], float] | None:
     """Nats per answer token on the server's held-out cards; None where it has none, or none are wanted.
 
     With FedSA-LoRA there is nothing to score: the server has no B. ``federation.fraction_evaluate`` asks hospitals.
     """
     test = data.load(cfg)[1] if cfg.federation.evaluate_every else []
-    if cfg.federation.aggregation == "FedSA-LoRA":
+    if rule.keeps:
         said = "the server has no B, so that it scores and saves no model; federation.fraction_evaluate asks hospitals"
-        logger.warning("FedSA-LoRA: %s, and their adapters stay in their state for the time of the run", said)
+        logger.warning("%s: %s, and their adapters stay in their state for the time of the run", rule.name, said)
         return None
     if not len(test):
         return None
@@ -100,22 +100,27 @@ def _evaluation(cfg: DictConfig, base: Base) -> Callable[[Adapter], float] | Non
         """Score an adapter."""
         model, tokenizer = base_model(cfg)
         models.set_adapter(model, adapter)
-        with cpu_threads(cfg), editing.edited(model, base.summed()):
+        with cpu_threads(cfg), editing.edited(model, rule.base.summed()):
             scores = score_answers(model, tokenizer, shown, cfg)
         return float(scores.nll.sum() / scores.tokens.sum())
 
     return evaluate
 
 
-def _keep(cfg: DictConfig, base: Base, folder: Path, adapter: Adapter, name: str) -> None:
-    if cfg.federation.aggregation == "FedSA-LoRA":  # without a B it would open as the untuned model
+def _keep(cfg: DictConfig, rule: Rule, folder: Path, adapter: Adapter, name: str) -> None:
+    if rule.keeps:  # without what hospitals keep it would open as the untuned model
         return
     model, _ = base_model(cfg)
-    if base.edits:  # PEFT opens adapters, not edits: everything that was learned, as one adapter of a larger rank
-        editing.save_update(model, rules.update(cfg, adapter, base), folder / name)
+    if rule.base.edits:  # PEFT opens adapters, not edits: everything that was learned, as one adapter of a larger rank
+        editing.save_update(model, learned(cfg, adapter, rule), folder / name)
         return
     models.set_adapter(model, adapter)
     models.save_adapter(model, folder / name)
+
+
+def learned(cfg: DictConfig, adapter: Adapter, rule: Rule) -> Adapter:
+    """Factors of everything that was learned, scale included: the adapter's product and all edits."""
+    return factors.together([scaled(adapter, editing.scaling(cfg.model.lora)), *rule.base.edits.values()])
 
 
 @memory.loaded_set_aside()
@@ -125,7 +130,7 @@ def federate(
     adapter: Adapter,
     options: Options = Options(),
     *,
-    base: Base | None = None,
+    chain: Chain | None = None,
     answers: Answers | None = None,
 ) -> tuple[Adapter, Tables]:
     """All rounds of a federation, from the first or from where an earlier process was ended.
@@ -135,7 +140,7 @@ def federate(
         cfg: its ``federation`` and ``train`` sections are used.
         adapter: to start from.
         options: what is scored, kept and shown on the way.
-        base: takes what FLoRA and FedEx-LoRA add to the base model.
+        chain: of strategies; made from the configuration where there is none.
         answers: of nodes that have said which hospital they are, from :func:`fedllm_helpers.federation.nodes.join`.
 
     Returns:
@@ -147,40 +152,36 @@ def federate(
             nothing of them in two; the end of the first one's traceback is its note.
         ValueError: the folder holds a run with other settings, or ``federation.min_replies`` is more than are asked.
     """
-    strategy, plan, base = strategies.make_strategy(cfg), training.rounds(cfg), Base() if base is None else base
-    rules.check_shapes(cfg, adapter)
-    folder, progress, evaluate = options.folder, options.progress, options.evaluate
-    before, tables, done, seats = checkpoints.latest(folder, cfg) if folder else None, Tables(), 0, {}
-    if before:
-        adapter, tables, done = _restore(before, cfg, strategy, grid, base)
-        print(f"going on after round {done} of {len(plan)} from {folder}\n" if progress else "", end="", flush=True)
-    elif evaluate:
-        tables.history.append({"round": 0, "nll": evaluate(adapter)})
-    with bar(plan[done:], progress == "bar") as shown:
+    chain, plan = chain or compose(cfg), training.rounds(cfg)
+    adapter, tables, done = _begin(grid, cfg, adapter, options, chain, len(plan))
+    with bar(plan[done:], options.progress == "bar") as shown:
+        run, seats = Federation(grid, cfg, chain, tables, shown), {}
         for step in plan[done:]:
             names, answers, start = hospitals(grid, cfg, seats, answers), None, time.perf_counter()
-            run = Federation(grid, cfg, strategy, tables, base, shown)
             adapter, row = run_round(run, step, adapter, names)
-            if evaluate and (step.number == len(plan) or step.number % cfg.federation.evaluate_every == 0):
-                row["nll"] = evaluate(adapter)
+            if options.evaluate and (step.number == len(plan) or step.number % cfg.federation.evaluate_every == 0):
+                row["nll"] = options.evaluate(adapter)
             tables.history.append({**row, "seconds": time.perf_counter() - start})
-            if progress == "lines":
+            if options.progress == "lines":
                 print(report(tables.history[-1], len(plan)), flush=True)
             _save(run, options, step, adapter)
     return adapter, tables
 
 
-def _restore(
-    before: checkpoints.Checkpoint, cfg: DictConfig, strategy: Strategy, grid: Grid, base: Base
+def _begin(
+    grid: Grid, cfg: DictConfig, adapter: Adapter, options: Options, chain: Chain, total: int
 ) -> tuple[Adapter, Tables, int]:
-    if before.states and hasattr(grid, "remember"):
-        grid.remember(before.states)
-    elif before.states or formats(cfg).remembers or cfg.federation.aggregation == "FedSA-LoRA":
-        logger.warning("what hospitals keep (error feedback, FedSA-LoRA's B) is not in the checkpoint: it may be lost")
+    """The adapter to start from, the tables so far, and how many rounds are done."""
+    chain.rule.begin(1, adapter)  # arrays that do not fit the rule are said before anyone is asked
+    before = checkpoints.latest(options.folder, OmegaConf.to_container(cfg)) if options.folder else None
+    if before is None:
+        first = [{"round": 0, "nll": options.evaluate(adapter)}] if options.evaluate else []
+        return adapter, Tables(first), 0
+    resumed.given_back(before, chain.top, grid)
     if noise.silent(cfg):
         logger.warning("a round that was cut off is sent again: its privacy is paid for twice, and counted once")
-    base.edits |= before.edits
-    strategies.restore_strategy(strategy, before.strategy_arrays, before.strategy_kinds)
+    if options.progress:
+        print(f"going on after round {before.number} of {total} from {options.folder}", flush=True)
     return before.adapter, Tables(before.history, before.clients), before.number
 
 
@@ -189,8 +190,6 @@ def _save(run: Federation, options: Options, step: training.Round, adapter: Adap
         with checkpoints.kept_or_said(options.folder, f"the adapter of round {step.number}"):
             options.keep(adapter, f"adapters/round-{step.number:06d}")
     if options.folder:
-        arrays, kinds = strategies.strategy_state(run.strategy)
-        states = run.grid.remembered() if hasattr(run.grid, "remembered") else {}
         rows = (run.tables.history, run.tables.clients)
-        kept = checkpoints.Checkpoint(step.number, adapter, arrays, kinds, *rows, states, run.base.edits)
-        checkpoints.save(options.folder, run.cfg, kept)
+        kept = resumed.taken(step.number, adapter, run.chain.top, run.grid, rows)
+        checkpoints.save(options.folder, OmegaConf.to_container(run.cfg), kept)

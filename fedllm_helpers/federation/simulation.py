@@ -19,8 +19,7 @@ from fedllm_helpers.adapters.records import Adapter, from_record
 from fedllm_helpers.aggregation import rules
 from fedllm_helpers.config import checked
 from fedllm_helpers.federation import client_app, run_folders, server_app
-from fedllm_helpers.federation.in_process import SERVER_NODE, InProcessGrid
-from fedllm_helpers.federation.process import quiet_flower
+from fedllm_helpers.federation.in_process import SERVER_NODE, InProcessGrid, quiet_flower
 from fedllm_helpers.federation.provenance import fingerprint, provenance
 from fedllm_helpers.federation.tables import Tables
 from fedllm_helpers.models.lora import device_and_dtype

@@ -1,9 +1,11 @@
 """What others learn from what is sent, and less of it: accounting, noise, masks. Taught in notebook 05.
 
-:mod:`accounting` counts ε, :mod:`noise` clips updates and blurs their mean, :mod:`secure_aggregation` is the algebra
-of masks, and :mod:`masked_clients` and :mod:`masked_rounds` are its two sides on Flower's messages.
+:mod:`noised` and :mod:`masked` are pieces for any Flower app, :mod:`masked_clients` is the client's side of masks, and
+:mod:`promises` lets nothing leave that was not trained by a plan. :mod:`accounting` counts ε, :mod:`secure_aggregation`
+is the algebra of masks, :mod:`masked_rounds` its messages at the server, and :mod:`noise` clips and blurs.
 """
 
-from fedllm_helpers.privacy.noise import clip, noise_seed
+from fedllm_helpers.faces import face
 
-__all__ = ["clip", "noise_seed"]
+NAMES = {"Masked": "masked", "Noised": "noised", "clip": "noise", "noise_seed": "noise", "only_private": "promises"}
+__getattr__, __all__ = face(__name__, NAMES), list(NAMES)

@@ -1,6 +1,5 @@
 """Masks for any Flower app: a strategy whose wrapped one gets the mean of the updates and no single one."""
 
-import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,13 +8,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedllm_helpers.adapters.screening import Expected, screen, shapes_of
+from fedllm_helpers.adapters.screening import Expected, Shapes, screen
 from fedllm_helpers.adapters.updates import LARGEST_SHARE
-from fedllm_helpers.adapters.wrapping import Wrapper, as_reply
+from fedllm_helpers.adapters.wrapping import Wrapper
 from fedllm_helpers.privacy.masked_clients import MASKED, SENT
 from fedllm_helpers.privacy.masked_rounds import Masks, Session
-
-logger = logging.getLogger(__name__)
 
 
 class Masked(Wrapper):
@@ -29,18 +26,22 @@ class Masked(Wrapper):
         ValueError: as :class:`Masks`.
     """
 
+    reads, averages = "masked updates", True
+
     def __init__(self, strategy: Strategy, threshold: int, **options: Any) -> None:
-        super().__init__(strategy, "masked updates")
-        self.how, self.session, self.request = Masks(threshold, **options), None, None
-        noised = [inner for inner in self.within() if hasattr(inner, "behind_masks")]
-        norms = {inner.clipping_norm for inner in noised}
+        super().__init__(strategy)
+        self.how, self.session, self.known = Masks(threshold, **options), None, False
+        norms = {inner.clipping_norm for inner in self.within() if hasattr(inner, "clipping_norm")}
         if norms - {self.how.clipping_norm}:
             raise ValueError(
                 f"clipping_norm={self.how.clipping_norm}: behind masks only clients can clip, and the noise within is "
                 f"for {norms.pop()}; give both the same"
             )
-        for inner in noised:
-            inner.behind_masks = True
+
+    def form(self, node: int) -> Shapes:
+        """All values of an update in a row, masked."""
+        size = sum(value.size for value in self.expected(node).values())
+        return {MASKED: (np.dtype(np.uint32), (size,))}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -50,38 +51,46 @@ class Masked(Wrapper):
         Raises:
             ValueError: fewer clients than the threshold are asked; or their apps lack mod and queries.
         """
-        messages = sorted(
-            super().configure_train(server_round, arrays, config, grid), key=lambda m: m.metadata.dst_node_id
-        )
-        nodes = {place: message.metadata.dst_node_id for place, message in enumerate(messages)}
+        messages = super().configure_train(server_round, arrays, config, grid)
+        nodes = sorted(message.metadata.dst_node_id for message in messages)
         if len(nodes) < self.how.threshold:
             raise ValueError(f"threshold={self.how.threshold}: {len(nodes)} clients are asked in a round")
-        self.session = Session(grid, self.how, server_round, nodes)
-        present = self.session.begin(list(nodes))
-        if not self.session.public:
+        places = {self.names.get(node, place): node for place, node in enumerate(nodes)}
+        self.session = Session(grid, self.how, server_round, places)
+        present = {places[place] for place in self.session.begin(list(places))}
+        if not self.session.public and not self.known:
             raise ValueError("no client sends keys: a ClientApp needs masked_clients.mod among its mods, and register")
-        self.request, orders = messages[0], {SENT: self.session.orders()}
-        for place in present:
-            messages[place].content = RecordDict({**messages[place].content, **orders})
-        return [messages[place] for place in present]
+        self.known = self.known or bool(self.session.public)
+        self.why = "" if present else self._closed()
+        messages = [message for message in messages if message.metadata.dst_node_id in present]
+        for message in messages:
+            message.content = RecordDict({**message.content, SENT: self.session.orders()})
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Open the sum, and give the wrapped strategy the mean as one reply; nothing where it stays closed."""
         places = {node: place for place, node in self.session.nodes.items()}
-        start = self.expected(self.request.metadata.dst_node_id)
-        masked = {MASKED: np.zeros(sum(value.size for value in start.values()), np.uint32)}
         for reply in replies:
-            place = places.get(reply.metadata.src_node_id, -1)
-            looked = screen(reply, place, 0, Expected({}, (), shapes_of(masked)))
-            if looked.status == "used" and place in self.session.public:
+            node = reply.metadata.src_node_id
+            place = places.get(node)
+            if place not in self.session.public or place in self.session.survivors:
+                self.say(server_round, node, "a reply that nobody asked for")
+                continue
+            looked = screen(reply, place, Expected({}, (), self.form(node)))
+            if looked.status == "used":
                 self.session.add(looked)
             else:
-                logger.warning("round %d: client %d is left out: %s", server_round, place, looked.status)
-        opened = self.session.end(start)
+                self.leave_out(server_round, node, looked.status)
+        opened = self.session.end(self.expected(self.request.metadata.dst_node_id)) if self.session.survivors else None
         if opened is None:
+            self.why = self._closed()
             return None, None
-        mean = as_reply(opened[0], self.request)
+        mean = self.as_one(opened[0])
         mean.content["metrics"][LARGEST_SHARE] = opened[1]
         return super().aggregate_train(server_round, [mean])
+
+    def _closed(self) -> str:
+        arrived = len(self.session.survivors)
+        return f"not opened: {arrived} masked updates arrived, {self.how.threshold} are needed"

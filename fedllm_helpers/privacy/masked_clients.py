@@ -6,11 +6,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from fedllm_helpers.adapters.records import Adapter, from_record
-from fedllm_helpers.adapters.updates import START, update_of
+from fedllm_helpers.adapters.updates import PASSING, START, update_of
 from fedllm_helpers.privacy import secure_aggregation as secure
 from fedllm_helpers.privacy.noise import clip
 
-KEPT, SENT, MASKED = "secure aggregation", "secure", "masked"  # a hospital's secrets; the server's part; what it gets
+# a hospital's secrets, which are nobody else's and in no checkpoint; the server's part of a message; what it gets
+KEPT, SENT, MASKED = f"{PASSING}secrets", "secure", "masked"
 
 
 def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:

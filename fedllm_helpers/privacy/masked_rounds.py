@@ -120,7 +120,7 @@ class Session:
         """Add a masked update to the sum; one is in memory at a time. What is in it, nobody can check."""
         values = reply.arrays[MASKED]
         self.total = values.copy() if self.total is None else self.total + values
-        self.survivors.add(reply.hospital)
+        self.survivors.add(reply.sender)
 
     def end(self, adapter: Adapter) -> tuple[Adapter, float] | None:
         """Open the sum.

@@ -4,14 +4,11 @@ The promises are in :mod:`accounting`, DP-SGD within a hospital in :mod:`dp_sgd`
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedllm_helpers.adapters.records import Adapter
-from fedllm_helpers.adapters.screening import Reply
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -45,28 +42,6 @@ def noisy(mean: Adapter, sensitivity: float, noise_multiplier: float, generator:
     """
     scale = noise_multiplier * sensitivity
     return {key: (value + generator.normal(0.0, scale, value.shape)).astype(value.dtype) for key, value in mean.items()}
-
-
-def bounded(cfg: "DictConfig", reply: Reply, adapter: Adapter) -> Reply:
-    """A reply whose update is clipped, and whose weight is 1 where hospitals count alike.
-
-    Hospitals clip for themselves where the server cannot see: here it does not rely on them.
-    """
-    how = cfg.federation.privacy.client
-    if how.noise_multiplier is None:
-        return reply
-    update = clip({key: reply.arrays[key] - adapter[key] for key in adapter}, how.clipping_norm)
-    numbers = reply.numbers | ({"num-examples": 1.0} if how.weights == "uniform" else {})
-    return replace(reply, arrays={key: adapter[key] + update[key] for key in adapter}, numbers=numbers)
-
-
-def finish(cfg: "DictConfig", number: int) -> Callable[[Adapter, float], Adapter] | None:
-    """Adds a round's noise to the mean of bounded replies, given the largest share of one in it; None without noise."""
-    how = cfg.federation.privacy.client
-    if how.noise_multiplier is None:
-        return None
-    generator = np.random.default_rng(noise_seed(cfg, 0, number))
-    return lambda mean, share: noisy(mean, how.clipping_norm * share, how.noise_multiplier, generator)
 
 
 def silent(cfg: "DictConfig") -> bool:

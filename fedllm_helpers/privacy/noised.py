@@ -7,17 +7,16 @@ strategy with a server optimiser the noise would come after it. So they are not 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.serverapp import Grid
+from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import Strategy
 
 from fedllm_helpers import limits
-from fedllm_helpers.adapters.records import Adapter
-from fedllm_helpers.adapters.updates import LARGEST_SHARE, update_of
-from fedllm_helpers.adapters.wrapping import Wrapper, as_reply
+from fedllm_helpers.adapters.records import Adapter, from_record
+from fedllm_helpers.adapters.updates import LARGEST_SHARE
+from fedllm_helpers.adapters.wrapping import Wrapper
 from fedllm_helpers.privacy.accounting import epsilon
 from fedllm_helpers.privacy.noise import clip, noisy
 
@@ -26,7 +25,7 @@ class Noised(Wrapper):
     """A strategy that gets the noisy mean of clipped updates as one reply; clients need nothing. In notebook 05.
 
     Args:
-        strategy: any that averages, with a server optimiser or without; screening stands around this one.
+        strategy: any that averages, with a server optimiser or without.
         noise_multiplier: standard deviation, in units of what one client can move the mean by.
         clipping_norm: of each client's update.
         uniform: whether clients count alike; else by ``num-examples``, and the heaviest sets the noise.
@@ -35,6 +34,8 @@ class Noised(Wrapper):
     Raises:
         ValueError: a multiplier or a norm that is not above 0.
     """
+
+    reads, averages = "adapters", True
 
     def __init__(
         self,
@@ -49,45 +50,45 @@ class Noised(Wrapper):
         limits.number("noise_multiplier", noise_multiplier)
         limits.number("clipping_norm", clipping_norm)
         self.noise_multiplier, self.clipping_norm, self.uniform = noise_multiplier, clipping_norm, uniform
-        self.generator, self.rounds, self.request = np.random.default_rng(seed), 0, None
-        self.behind_masks = False  # set by a strategy of masks around this one
+        self.seed, self.rounds = seed, 0
 
     def epsilon(self, delta: float) -> float:
         """ε after the rounds so far, for all of one client's examples at once; see :mod:`accounting` for its limits."""
         return epsilon(self.noise_multiplier, 1.0, self.rounds, delta) if self.rounds else 0.0
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """The wrapped strategy's messages."""
-        messages = list(super().configure_train(server_round, arrays, config, grid))
-        self.request = messages[0] if messages else None
-        return messages
-
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Clip, average, add noise. Numbers that clients send besides do not go further: nothing protects them."""
-        total, weights, largest, start = {}, [], 0.0, None
-        for reply in (reply for reply in replies if not reply.has_error()):
-            start = self.expected(reply.metadata.src_node_id)
-            (numbers,), update = reply.content.metric_records.values(), update_of(reply, start)
-            if (
-                self.behind_masks and LARGEST_SHARE in numbers
-            ):  # a client may not say so: a mean already, of updates that clients clipped behind masks
-                weight, largest = 1.0, float(numbers[LARGEST_SHARE])
-            else:
-                weight, update = (
-                    1.0 if self.uniform else float(numbers["num-examples"]),
-                    clip(update, self.clipping_norm),
-                )
-            weights.append(weight)
-            total = {key: total.get(key, 0.0) + weight * value.astype(np.float64) for key, value in update.items()}
-        if not weights:
+        mean, share = self._opened(replies) if self.averaged else self._mean(server_round, replies)
+        if mean is None:
             return None, None
-        mean: Adapter = {key: start[key] + value / math.fsum(weights) for key, value in total.items()}
-        sensitivity = self.clipping_norm * (largest or max(weights) / math.fsum(weights))
-        mean = noisy(mean, sensitivity, self.noise_multiplier, self.generator)
+        seed = np.random.SeedSequence(None if self.seed is None else [self.seed, 0, server_round])
+        wide, generator = self.clipping_norm * share, np.random.default_rng(seed)
         self.rounds += 1
-        mean = {key: value.astype(start[key].dtype) for key, value in mean.items()}
-        return super().aggregate_train(server_round, [as_reply(mean, self.request)])
+        blurred = noisy(mean, wide, self.noise_multiplier, generator)
+        return super().aggregate_train(server_round, [self.as_one(blurred)])
+
+    def _opened(self, replies: Iterable[Message]) -> tuple[Adapter | None, float]:
+        """The mean that masks opened, of updates that clients clipped, and the largest share of one in it."""
+        for reply in replies:
+            return from_record(reply.content["arrays"]), float(reply.content["metrics"][LARGEST_SHARE])
+        return None, 0.0
+
+    def _mean(self, number: int, replies: Iterable[Message]) -> tuple[Adapter | None, float]:
+        sums, weights, like = {}, [], {}
+        for arrays, weight in self._clipped(number, replies):
+            like = like or arrays
+            weights.append(weight)
+            sums = {key: sums.get(key, 0.0) + weight * value.astype(np.float64) for key, value in arrays.items()}
+        total = math.fsum(weights)
+        mean = {key: (value / total).astype(like[key].dtype) for key, value in sums.items()}
+        return (mean, max(weights) / total) if weights else (None, 0.0)
+
+    def _clipped(self, number: int, replies: Iterable[Message]) -> Iterator[tuple[Adapter, float]]:
+        """What each client leads to with a clipped update, and its weight."""
+        for reply in self.usable(number, replies):
+            start = self.expected(reply.sender)
+            update = clip({key: reply.arrays[key] - value for key, value in start.items()}, self.clipping_norm)
+            weight = 1.0 if self.uniform else reply.numbers["num-examples"]
+            yield {key: value + update[key] for key, value in start.items()}, weight

@@ -3,3 +3,5 @@
 :mod:`experiments` is their command, :mod:`arms`, :mod:`lab`, :mod:`audits` and :mod:`views` do them, and :mod:`results`
 keeps them with their provenance.
 """
+
+__all__: list[str] = []  # a study is read from its tables

@@ -2,6 +2,7 @@
 
 import io
 import logging
+from types import SimpleNamespace
 
 import lora_rounds
 import numpy as np
@@ -13,10 +14,10 @@ from flwr.serverapp import strategy as strategies
 from fedllm_helpers import config, training
 from fedllm_helpers.adapters import screening
 from fedllm_helpers.adapters.records import message_bytes, to_record
-from fedllm_helpers.adapters.screening import printable, screen
-from fedllm_helpers.aggregation import rules
+from fedllm_helpers.adapters.screening import printable
 from fedllm_helpers.config.schema import BY_PRODUCT
-from fedllm_helpers.federation import in_process, nodes, rounds, tables
+from fedllm_helpers.federation import in_process, nodes, tables
+from fedllm_helpers.federation.chain import compose
 
 HONEST = {key: value + 0.5 for key, value in tiny.START.items()}
 NUMBERS = {"num-examples": 20, "examples": 8, "tokens": 80, "loss-before": 3.0, "loss-after": 2.0, "seconds": 0.1}
@@ -144,7 +145,11 @@ def request_():
 
 
 def looked_at(message, cfg=None):
-    return screen(message, 3, 100, rounds._expected(cfg or tiny.settings(), tiny.START))
+    strategies = compose(cfg or tiny.settings())
+    alone = SimpleNamespace(get_node_ids=lambda: [2])
+    strategies.top.configure_train(1, to_record(tiny.START), ConfigRecord({"lr": 1.0}), alone)
+    strategies.screened.aggregate_train(1, [message])
+    return strategies.screened.seen[2]
 
 
 def is_one_line(text):
@@ -156,7 +161,7 @@ def test_a_reply_that_is_not_what_was_asked_for_is_one_line(request_, spoil):
     message = Message(content_of(), reply_to=request_)
     spoil(message.content)
     reply = looked_at(message)
-    assert reply.status != "used" and is_one_line(reply.status) and reply.arrays == {} and reply.hospital == 3
+    assert reply.status != "used" and is_one_line(reply.status) and reply.arrays == {} and reply.sender == 2
     assert all(type(value) is float and (np.isnan(value) or 0 <= value <= 1e15) for value in reply.numbers.values())
 
 
@@ -263,8 +268,7 @@ def test_the_others_rounds_come_to_what_they_would_alone(strategy, caplog):
 
 
 @pytest.mark.parametrize("rule", ["FedIT", *BY_PRODUCT])
-def test_the_rules_of_products_go_on_with_the_others(rule, monkeypatch):
-    monkeypatch.setattr(rules, "first_adapter", lora_rounds.first)
+def test_the_rules_of_products_go_on_with_the_others(rule):
     key = "m.q.lora_B.weight"
     kinds = [number("num-examples", value) for value in (1e308, 10**12, 2.5)] + [number("loss-before", [3.0])]
     kinds += [
@@ -351,7 +355,7 @@ def test_scores_of_strangers_are_left_out(caplog):
     cfg = tiny.settings("federation.fraction_evaluate=1.0", rounds=len(wrong))
     _, told = tiny.federate(cfg, app)
     assert told.history_frame()["client_nll"].tolist() == pytest.approx([(0 * 1 + 2 * 3 + 3 * 4) / 8] * len(wrong))
-    assert sum("hospital 1's evaluation is left out" in line for line in caplog.messages) == len(wrong)
+    assert sum("hospital 1 is left out" in line for line in caplog.messages) == len(wrong)
 
 
 class Doubled(in_process.InProcessGrid):

@@ -4,17 +4,11 @@ import logging
 
 import numpy as np
 import pytest
-from lora_rounds import client, federate, first, plan
+from lora_rounds import client, federate, plan
 
 from fedllm_helpers.adapters import factors
-from fedllm_helpers.aggregation import rules
 from fedllm_helpers.config.schema import EDITING
 from fedllm_helpers.federation import in_process
-
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch):
-    monkeypatch.setattr(rules, "first_adapter", first)
 
 
 def by_hand(base, until):

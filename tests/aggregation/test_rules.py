@@ -1,6 +1,7 @@
 """The seven rules: on layers of PEFT against float64, and in federations against a loop written out here."""
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,21 +18,15 @@ from fedllm_helpers.adapters import factors
 from fedllm_helpers.adapters.records import to_record
 from fedllm_helpers.aggregation import edits, rules
 from fedllm_helpers.communication import compression, estimates
-from fedllm_helpers.config.runs import settings
 from fedllm_helpers.config.schema import BY_PRODUCT, EDITING, MIXED, RULES
-from fedllm_helpers.federation import in_process, server_app
+from fedllm_helpers.federation import chain, in_process, server_app
 from fedllm_helpers.models import editing
 from fedllm_helpers.privacy import masked_clients  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _small(monkeypatch):
-    monkeypatch.setattr(rules, "first_adapter", first)
-
-
 def learned(cfg, adapter, base):
     """All that was learned, ΔW by layer."""
-    return factors.product(rules.update(cfg, adapter, base))
+    return factors.product(server_app.learned(cfg, adapter, SimpleNamespace(base=base)))
 
 
 # what a federation of three hospitals must come to, written out in full float64 matrices
@@ -143,8 +138,8 @@ def test_flora_with_mixed_ranks_comes_to_what_the_definition_says():
 
 
 def test_a_fresh_adapter_is_drawn_anew_each_round_from_the_seed_alone():
-    cfg = plan("FLoRA")
-    one, again, next_one = rules.fresh(cfg, 2, first()), rules.fresh(cfg, 2, first()), rules.fresh(cfg, 3, first())
+    shapes = rules.shapes_of(first())
+    one, again, next_one = (rules.fresh(0, draw, shapes) for draw in (2, 2, 3))
     for key, value in one.items():
         assert np.array_equal(value, again[key]) and value.dtype == np.float32
         if factors.A in key:
@@ -152,7 +147,7 @@ def test_a_fresh_adapter_is_drawn_anew_each_round_from_the_seed_alone():
             assert 0.5 * bound < np.abs(value).max() <= bound and not np.allclose(value, next_one[key])
         else:
             assert not value.any()
-    other = rules.fresh(config.load(cfg, "seed=1"), 2, first())
+    other = rules.fresh(1, 2, shapes)
     assert not np.allclose(other["m.q.lora_A.weight"], one["m.q.lora_A.weight"])
 
 
@@ -327,12 +322,11 @@ def test_noise_on_the_average_falls_on_what_was_sent_alone():
 
 def idle(message, context):
     """A hospital whose training moves nothing: it sends back what it got."""
-    hospital, cfg = context.node_config["partition-id"], settings(context)
+    hospital = context.node_config["partition-id"]
     numbers = {"partition-id": hospital, "num-examples": 10 * (hospital + 1), "loss-before": 3.0}
     content = RecordDict({"metrics": MetricRecord(numbers | {"num-partitions": 3})})
     if message.metadata.message_type == "train":
-        got, number = rules.received(cfg, message, context), int(message.content["config"]["server-round"])
-        content["arrays"] = to_record(rules.up(cfg, got, number, hospital))
+        content["arrays"] = message.content["arrays"]
     return Message(content, reply_to=message)
 
 
@@ -351,13 +345,17 @@ def test_where_nobody_trains_the_servers_adapter_keeps_its_bits_however_it_goes_
             plan(rule, f"federation.compression.down={down}", *how)
         return
     cfg = plan(rule, f"federation.compression.down={down}", *how, rounds=2)
-    start = rules.begin(cfg, 1, step(first(), 7, 7))
+    start = step(first(), 7, 7)
+    if rule == "FFA-LoRA":
+        start |= rules.chosen(rules.fresh(0, 1, rules.shapes_of(start)), "A")
+    if rule == "FedSA-LoRA":
+        start |= rules.chosen(first(), "B")
 
     def app(message, context):
-        kind, inner = message.metadata.message_type, idle
+        kind, inner = message.metadata.message_type, lambda m, c: rules.mod(m, c, idle)
         if more == "masked":
             answers = {"query.shares": masked_clients.shares, "query.reveal": masked_clients.reveal}
-            inner = answers.get(kind) or (lambda m, c: masked_clients.mod(m, c, idle))
+            inner = answers.get(kind) or (lambda m, c: masked_clients.mod(m, c, lambda m, c: rules.mod(m, c, idle)))
         return compression.mod(message, context, inner)
 
     with in_process.InProcessGrid(app, 3, {"config": OmegaConf.to_yaml(cfg)}) as grid:
@@ -393,7 +391,7 @@ def test_the_ledger_counts_what_each_rule_sends(rule, ranks, monkeypatch):
     cfg = plan(rule, *([f"federation.ranks={ranks}"] if ranks else []), rounds=2)
     _, tables, _ = federate(cfg)
     counts = estimates.ParameterCounts(0, 1, 1)
-    ledger = communication.ledger(tables.clients_frame(), counts, values=rules.values(cfg, first()))
+    ledger = communication.ledger(tables.clients_frame(), counts, values=chain.values(cfg, first()))
     some = ledger[ledger["formula"] > 0]
     assert some["overhead"].between(0, 0.1).all()
     assert ledger[ledger["formula"] == 0]["bytes"].lt(1000).all() and len(ledger) == 4
@@ -499,9 +497,9 @@ def test_an_edit_of_linear_and_conv1d_is_the_mean_of_what_peft_computes(rank, al
         merged = [m + share / 6 * layer(given) for m, layer, given in zip(merged, layers, inputs, strict=True)]
     before = [layer.base_layer.weight.detach().clone() for layer in layers]
     for whole in (
-        rules._scaled(factors.stacked(adapters, weights), editing.scaling(lora)),
+        rules.scaled(factors.stacked(adapters, weights), editing.scaling(lora)),
         factors.together(
-            [rules._scaled(part, editing.scaling(lora)) for part in factors.mean_and_residual(adapters, weights)]
+            [rules.scaled(part, editing.scaling(lora)) for part in factors.mean_and_residual(adapters, weights)]
         ),
     ):
         with editing.edited(model, whole):
@@ -538,11 +536,11 @@ def test_everything_that_was_learned_opens_as_one_adapter_in_plain_peft(tmp_path
         with_adapter(model, 0),
         OmegaConf.create({"peft_lora_r": 3, "peft_lora_alpha": 12, "use_rslora": False}),
     )
-    edit = rules._scaled(with_adapter(model, 1), 0.5)
+    edit = rules.scaled(with_adapter(model, 1), 0.5)
     models.set_adapter(model, adapter)
     with editing.edited(model, edit):
         wanted = model(x)
-    whole = factors.together([rules._scaled(adapter, editing.scaling(lora)), edit])
+    whole = factors.together([rules.scaled(adapter, editing.scaling(lora)), edit])
     editing.save_update(model, whole, tmp_path / "adapter")
     torch.manual_seed(0)
     again = PeftModel.from_pretrained(Net(), tmp_path / "adapter").eval()

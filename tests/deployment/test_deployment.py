@@ -15,6 +15,7 @@ import flwr
 import numpy as np
 import psutil
 import pytest
+from omegaconf import OmegaConf
 
 from fedllm_helpers import config, deployment
 from fedllm_helpers.deployment import certificates, parties, watchdog
@@ -256,7 +257,7 @@ def test_a_server_that_is_killed_and_one_whose_disk_is_full_go_on_to_the_same_bi
         RuntimeError, match="round 3 cannot be kept in .*File too large.* the rounds before are whole: make room"
     ):
         deployed_runs.follow(running, number, lines.append)
-    assert not list(folder.glob("*.part")) and checkpoints.latest(folder, cfg).number == 2
+    assert not list(folder.glob("*.part")) and checkpoints.latest(folder, OmegaConf.to_container(cfg)).number == 2
 
     record = deployed_runs.run(running, cfg, "hard", show=lines.append)
     assert same(record.adapter, simulation.run(cfg, progress=False).adapter)

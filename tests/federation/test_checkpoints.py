@@ -6,6 +6,7 @@ import logging
 import numpy as np
 import pytest
 import tiny
+from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -144,7 +145,7 @@ def test_a_round_of_an_earlier_version_is_named_and_left(tmp_path):
     path = tmp_path / "round-000001.safetensors"
     save_file({"adapter/a": np.zeros(1)}, path, metadata={"record": '{"number": 1}'})
     with pytest.raises(RuntimeError, match="of an earlier version, without checksum"):
-        checkpoints.latest(tmp_path, tiny.settings())
+        checkpoints.latest(tmp_path, OmegaConf.to_container(tiny.settings()))
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
 
 
@@ -209,7 +210,7 @@ def test_an_interrupted_write_leaves_the_last_whole_round(tmp_path, monkeypatch)
     monkeypatch.setattr(folders.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OSError, match="no space"):
         tiny.federate(cfg, folder=tmp_path)
-    assert checkpoints.latest(tmp_path, cfg) is None
+    assert checkpoints.latest(tmp_path, OmegaConf.to_container(cfg)) is None
     assert not list(tmp_path.glob("*.safetensors"))
 
 

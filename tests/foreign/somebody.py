@@ -21,10 +21,15 @@ def build(family):
     return get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets, fan_in_fan_out=family == "gpt2"))
 
 
-def training(family, arrays, node, steps=2):
-    """Their training loop: plain SGD on token ids of their own."""
+def training(family, arrays, node, steps=2, moves=None, edit=None):
+    """Their training loop: plain SGD on token ids of their own. ``edit`` is added to the base model's layers."""
     model = build(family)
     set_peft_model_state_dict(model, arrays)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad &= moves is None or any(part in name for part in moves)
+    for layer, update in (edit or {}).items():
+        weight = model.get_submodule(layer).get_base_layer().weight
+        weight.data += torch.from_numpy(update.T if family == "gpt2" else update).float()
     ids = torch.randint(0, 97, (8, 12), generator=torch.Generator().manual_seed(node))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     for _ in range(steps):
@@ -35,15 +40,15 @@ def training(family, arrays, node, steps=2):
     return get_peft_model_state_dict(model), float(loss.detach())
 
 
-def client(family="llama", mods=()):
-    """Their ClientApp."""
+def client(family="llama", mods=(), asks=lambda message: {}):
+    """Their ClientApp; ``asks`` is the line that reads a rule's orders from the message."""
     app = ClientApp(mods=list(mods))
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         torch.set_num_threads(1)
         node = int(context.node_config["partition-id"])
-        arrays, loss = training(family, message.content["arrays"].to_torch_state_dict(), node)
+        arrays, loss = training(family, message.content["arrays"].to_torch_state_dict(), node, **asks(message))
         metrics = MetricRecord({"num-examples": 10 * (node + 1), "loss": loss})
         return Message(RecordDict({"arrays": ArrayRecord(arrays), "metrics": metrics}), reply_to=message)
 

@@ -67,13 +67,13 @@ def test_clipping_bounds_the_norm_and_leaves_what_is_shorter():
 
 
 def test_noise_has_the_size_that_the_largest_weight_asks_for():
-    cfg = tiny.settings("federation.privacy.client.noise_multiplier=0.5", "federation.privacy.client.clipping_norm=3")
-    mean = {"a": np.zeros((400, 500), np.float32)}
-    first, second = (noise.finish(cfg, 1)(mean, 0.25)["a"] for _ in range(2))
+    mean, free = {"a": np.zeros((400, 500), np.float32)}, tiny.settings()
+    drawn = (np.random.default_rng(noise.noise_seed(free, 0, 1)) for _ in range(2))
+    first, second = (noise.noisy(mean, 3 * 0.25, 0.5, generator)["a"] for generator in drawn)
     assert first.std() == pytest.approx(0.5 * 3 * 0.25, rel=0.02) and abs(first.mean()) < 0.01
     assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.02  # from the system, another each time
-    seeded = config.load(cfg, "federation.privacy.noise_seed=7")
-    again = [noise.finish(seeded, number)(mean, 0.25)["a"] for number in (1, 1, 2)]
+    seeded = config.load(free, "federation.privacy.noise_seed=7")
+    again = [np.random.default_rng(noise.noise_seed(seeded, 0, number)).normal(size=99) for number in (1, 1, 2)]
     assert (again[0] == again[1]).all() and (again[0] != again[2]).all()
 
 

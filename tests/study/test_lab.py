@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fedllm_helpers import aggregation, communication, config
-from fedllm_helpers.aggregation import rules
+from fedllm_helpers import communication, config
 from fedllm_helpers.attacks import poisoning
 from fedllm_helpers.config.schema import RULES
+from fedllm_helpers.federation import chain
 from fedllm_helpers.models.process import first_adapter
 from fedllm_helpers.study import lab
 
@@ -53,7 +53,7 @@ def test_garbage_is_noise_of_the_length_it_says_around_what_was_received():
 def test_every_arm_is_a_federation_that_starts():
     cfg = config.load("cpu", *lab.SETTINGS)
     for changes, rule, poison in lab.LAB.values():
-        aggregation.make_strategy(config.load(cfg, *changes.split()))
+        chain.named_strategy(config.load(cfg, *changes.split()))
         assert rule in RULES and poison in ("", *poisoning.KINDS)
 
 
@@ -79,7 +79,7 @@ def test_the_stored_bytes_are_those_that_each_rule_sends(origin):
     start = first_adapter(cfg)
     for name, (changes, _, _) in lab.LAB.items():
         changed = config.load(cfg, *changes.split())
-        count, total = rules.values(changed, start), changed.federation.num_rounds
+        count, total = chain.values(changed, start), changed.federation.num_rounds
         for hospital, part in sizes[sizes["arm"] == name].groupby("hospital"):
             for direction in ("up", "down"):
                 values = sum(sum(count(number, hospital, direction)) for number in range(1, total + 1))
