@@ -67,6 +67,7 @@ def tiny_notebook(path, stored):
     nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), path)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("stored", "status"), [(196_608, 0), (196_609, 1)])
 def test_a_changed_count_makes_nbval_fail(tmp_path, stored, status):
     tiny_notebook(tmp_path / "count.ipynb", stored)
@@ -76,6 +77,7 @@ def test_a_changed_count_makes_nbval_fail(tmp_path, stored, status):
     assert ("mismatch" in done.stdout.lower()) == bool(status)
 
 
+@pytest.mark.processes
 def test_a_failing_notebook_stops_with_its_name_cell_and_error(tmp_path):
     """The runner itself, copied beside a notebook that fails in its second cell."""
     (tmp_path / "notebooks").mkdir()
@@ -92,6 +94,7 @@ def test_a_failing_notebook_stops_with_its_name_cell_and_error(tmp_path):
     assert done.returncode == 2 and "no notebook named nope: there are 01_bad" in done.stderr
 
 
+@pytest.mark.processes
 def test_of_two_notebooks_at_a_time_the_first_that_fails_ends_the_other(tmp_path):
     (tmp_path / "notebooks").mkdir()
     runner, mark = tmp_path / "notebooks" / "run.py", tmp_path / "pid"
@@ -107,6 +110,7 @@ def test_of_two_notebooks_at_a_time_the_first_that_fails_ends_the_other(tmp_path
     assert "01_waits" not in done.stderr and not psutil.pid_exists(int(mark.read_text())), "no kernel is left"
 
 
+@pytest.mark.processes
 def test_the_runner_writes_notebook_page_and_headline(tmp_path):
     (tmp_path / "notebooks").mkdir()
     runner = tmp_path / "notebooks" / "run.py"

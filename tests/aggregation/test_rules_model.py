@@ -33,7 +33,9 @@ def small(rule, *more):
     return config.load("cpu", *SMALL.split(), f"federation.aggregation={rule}", *more)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule", [pytest.param(rule, marks=() if rule in EXACT else pytest.mark.processes) for rule in RULES]
+)
 def test_every_rule_learns_and_leaves_the_base_model_alone(rule, tmp_path):
     cfg = small(rule, *([] if rule in EXACT else ["model.dtype=auto"]))
     model, tokenizer = base_model(cfg)

@@ -55,6 +55,7 @@ def course_hub(tmp_path_factory):
         yield hub
 
 
+@pytest.mark.processes
 def test_the_course_configuration_runs_unchanged(course_hub, tmp_path):
     done = run_course(tmp_path, HF_ENDPOINT=course_hub.url)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -66,6 +67,7 @@ def test_the_course_configuration_runs_unchanged(course_hub, tmp_path):
     assert again.stdout == done.stdout, "from the cache, with the hub gone: " + again.stderr[-1000:]
 
 
+@pytest.mark.processes
 def test_an_unreachable_hub_says_what_to_set_instead(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -137,6 +139,7 @@ def test_names_that_no_hub_has_are_one_line(fresh, name):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.processes
 def test_a_copy_in_the_cache_is_read_where_the_hub_cannot_be_asked(course_hub, tmp_path):
     """No HF_HUB_OFFLINE, no network: the copy is loaded, and after the first refusal no file is asked for."""
     code = (

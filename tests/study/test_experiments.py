@@ -233,6 +233,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.processes
 def test_workers_end_with_a_parent_that_was_killed(tmp_path):
     (tmp_path / "grid.py").write_text(ABANDONED)
     command = [sys.executable, str(tmp_path / "grid.py")]
