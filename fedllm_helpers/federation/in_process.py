@@ -20,6 +20,8 @@ from fedllm_helpers import limits
 from fedllm_helpers.adapters.records import Adapter, from_record
 from fedllm_helpers.adapters.updates import PASSING
 
+logger = logging.getLogger(__name__)
+
 SERVER_NODE, FIRST_CLIENT_NODE, CLIENT_RAISED = 1, 2, 2  # the last is Flower's ErrorCode for a ClientApp that raised
 
 
@@ -30,6 +32,8 @@ def run_apps(
     run_config: dict[str, Any] | None = None,
 ) -> Context:
     """Run any two Flower apps in this process: clients one after the other, node k with ``partition-id`` k.
+
+    Flower's log is shown from warnings on; a client that fails is said in one line. Taught in notebook 03.
 
     Args:
         server: its main function gets a grid of these clients.
@@ -42,7 +46,8 @@ def run_apps(
     """
     limits.whole("num_clients", num_clients)
     given = dict(run_config or {})
-    with InProcessGrid(client, num_clients, given) as grid:
+    with quiet_flower(), InProcessGrid(client, num_clients, given) as grid:
+        grid.tells = True
         context = Context(grid.run.run_id, SERVER_NODE, {}, RecordDict(), given)
         server(grid, context)
     return context
@@ -60,6 +65,7 @@ class InProcessGrid(Grid):
         run_config: what the clients find in ``context.run_config``.
     """
 
+    tells = False  # whether it says in the log that a client failed; the server app of this package does
     lazy = True  # takes messages one by one, so that there is one of them at a time
 
     def __init__(
@@ -142,7 +148,9 @@ class InProcessGrid(Grid):
             reply = _over_the_wire(self.app(request, context))
             if context.state:
                 self.states[node] = context.state
-        except Exception:  # as on any other grid: a client's failure is a reply, not the end of the run
+        except Exception as error:  # as on any other grid: a client's failure is a reply, not the end of the run
+            if self.tells:
+                logger.warning("client %d failed: %s: %s", names["partition-id"], type(error).__name__, error)
             said = traceback.format_exc().encode(errors="replace").decode()  # a lone surrogate has no bytes
             return _over_the_wire(Message(Error(CLIENT_RAISED, said), reply_to=request))
         return reply
@@ -154,13 +162,14 @@ def _over_the_wire(message: Message) -> Message:
 
 @contextlib.contextmanager
 def quiet_flower() -> Iterator[None]:
-    """Flower's log from warnings on; without the one about ``run_simulation``, whose successor is a command."""
+    """Flower's log from warnings on, but for two: that ``run_simulation`` is old, and that clients score nothing."""
     logger = logging.getLogger("flwr")
     before = logger.level
 
     def wanted(record: logging.LogRecord) -> bool:
-        """Everything but that one."""
-        return "DEPRECATED FEATURE" not in record.getMessage()
+        """Everything but those."""
+        said = record.getMessage()
+        return "DEPRECATED FEATURE" not in said and "Federated evaluation will be skipped" not in said
 
     logger.setLevel(logging.WARNING)
     logger.addFilter(wanted)

@@ -460,3 +460,32 @@ def test_pieces_do_on_ray_what_they_do_in_process(chain):
         run(strategy, place=place, client=client) for place in ("in process", "ray") for strategy, client in [chain()]
     ]
     assert far(*adapters) < 1e-6 < far(adapters[0], start_of("llama"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.__delitem__("metrics"),
+        lambda content: content["metrics"].update({"num-examples": float("nan")}),
+        arrays_as(lambda arrays: {key: value[:1] for key, value in arrays.items()}),
+        arrays_as(lambda arrays: {**arrays, "more": np.ones(3, np.float32)}),
+    ],
+)
+def test_noise_leaves_out_a_faulty_reply_by_itself(change, caplog):
+    start = start_of("llama")
+    _, updates = by_hand("llama", start)
+    wanted = {key: start[key] + (updates[0][key] + updates[2][key]) / 2 for key in start}
+    adapter = run(Noised(plain(), 1e-9, 10.0), client=sent(change), rounds=1)
+    assert far(adapter, wanted) < 1e-5 and "node 3 is left out" in caplog.text
+
+
+@pytest.mark.parametrize("chain", [lambda: Masked(plain(), 2), lambda: Screened(plain())])
+def test_a_second_reply_of_a_node_counts_once(chain):
+    class Doubled(Wrapper):
+        def aggregate_train(self, server_round, replies):
+            replies = list(replies)
+            return super().aggregate_train(server_round, [*replies, replies[0]])
+
+    app = masking() if isinstance(chain(), Masked) else None
+    mean, _ = by_hand("llama", start_of("llama"))
+    assert far(run(Doubled(chain()), client=app, rounds=1), mean) < 1e-5

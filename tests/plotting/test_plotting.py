@@ -8,6 +8,7 @@ import pytest
 matplotlib.use("Agg")
 
 
+from fedllm_helpers import plotting  # noqa: E402
 from fedllm_helpers.plotting import deployment as plotting_deployment  # noqa: E402  (the backend first)
 from fedllm_helpers.plotting import diagrams, figures
 from fedllm_helpers.plotting import rules as plotting_rules
@@ -128,3 +129,18 @@ def test_stacked_bars_lie_one_after_the_other():
     assert bars == [(0, 5), (0, 0), (5, 2), (0, 4)]
     assert [text.get_text() for text in axes.texts] == ["5.0", "2.0", "4.0"], "none where nothing is"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["import", "train"]
+
+
+def test_tokens_are_drawn_as_they_are_learned():
+    pieces, learned = ["###", " Question", ":", " a", "\n", " long" * 30], [False, False, False, True, True, True]
+    axes = plotting.tokens(pieces, learned, "title").axes[0]
+    kinds = [patch.get_gid() for patch in axes.patches]
+    assert kinds[:-2] == ["learned" if one else "given" for one in learned] and kinds[-2:] == ["given", "learned"]
+    assert [text.get_text() for text in axes.texts][1:5] == ["·Question", ":", "·a", "\\n"]
+
+
+def test_drawings_say_the_sizes_that_they_were_given():
+    said = " ".join(text.get_text() for text in plotting.lora_update(576, 192, 16).axes[0].texts)
+    assert "576 × 192" in said and "576 × 16" in said and "16 × 192" in said and f"{16 * (576 + 192):,}" in said
+    texts = [text.get_text() for text in plotting.flower_apps(4).axes[0].texts]
+    assert texts.count("ClientApp") == 4 and texts.count("ServerApp") == 1
