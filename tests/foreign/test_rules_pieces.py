@@ -1,5 +1,7 @@
 """Each rule in somebody else's Flower app: the mod, and the line that reads its orders; against float64."""
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import somebody
@@ -87,6 +89,14 @@ def test_every_rule_is_what_its_definition_says(name, family):
     learned = {layer: value + edit.get(layer, 0) for layer, value in product(adapter).items()}
     size = max(np.abs(value).max() for value in wanted.values())
     assert max(np.abs(learned[layer] - value).max() for layer, value in wanted.items()) < 1e-5 * size
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(find_spec("ray") is None, reason="the extra `sim` is not installed")
+@pytest.mark.parametrize("name", ["FedEx-LoRA", "FedSA-LoRA"])
+def test_rules_whose_clients_remember_do_on_ray_what_they_do_in_process(name):
+    adapters = [run(made(name), place=place, client=client("llama")) for place in ("in process", "ray")]
+    assert far(*adapters) < 1e-6 < far(adapters[0], start_of("llama"))
 
 
 @pytest.mark.parametrize("name", RULES)
