@@ -1,12 +1,13 @@
 """Faces of rooms whose names are imported when they are first used: what travels waits for no pandas and no torch."""
 
+import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
 
-def face(room: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a room: its public names, each from the module of the room that has it."""
+def face(room: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """A room's ``__getattr__``, ``__dir__`` and ``__all__``, from its public names and the modules that have them."""
 
     def find(name: str) -> Any:
         """A public name."""
@@ -14,4 +15,8 @@ def face(room: str, names: Mapping[str, str]) -> Callable[[str], Any]:
             raise AttributeError(f"module {room!r} has no attribute {name!r}")
         return getattr(import_module(f"{room}.{names[name]}"), name)
 
-    return find
+    def shown() -> list[str]:
+        """What an editor completes."""
+        return sorted({*vars(sys.modules[room]), *names})
+
+    return find, shown, list(names)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -172,8 +173,27 @@ def test_rooms_know_each_other_in_one_direction():
     assert checked.returncode == 0 and " 0 broken" in checked.stdout, checked.stdout
 
 
-@pytest.mark.parametrize("room", ["adapters", "aggregation", "communication", "privacy"])
-def test_what_travels_loads_no_torch(room):
+def test_what_travels_loads_no_torch():
+    """Every module of the contract, its rooms' with all of theirs, and the names that their faces show."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    names = next(one["source_modules"] for one in contracts if "needs no torch" in one["name"])
+    folders = [ROOT.joinpath(*name.split(".")) for name in names]
+    inside = [
+        f"{name}.{path.stem}" for name, folder in zip(names, folders, strict=True) for path in folder.glob("[a-z]*.py")
+    ]
+    assert len(inside) > 15 and "fedllm_helpers.aggregation.rules" in inside
     heavy = {"torch", "transformers", "peft", "datasets"}
-    code = f"import sys, fedllm_helpers.{room}\nprint(*{heavy} & set(sys.modules))"
+    code = f"import sys, importlib\nfor name in {names + inside}: importlib.import_module(name)\n"
+    code += "from fedllm_helpers.adapters import *\nfrom fedllm_helpers.aggregation import *\n"
+    code += f"print(*{heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+@pytest.mark.parametrize("room", ["adapters", "aggregation", "communication", "deployment", "federation", "privacy"])
+def test_a_face_shows_its_names_before_they_are_imported(room):
+    face = import_module(f"fedllm_helpers.{room}")
+    assert set(face.__all__) <= set(dir(face)) and all(getattr(face, name) is not None for name in face.__all__)
+    with pytest.raises(AttributeError, match=f"module 'fedllm_helpers.{room}' has no attribute 'nothing'"):
+        _ = face.nothing

@@ -18,4 +18,4 @@ NAMES = {
     "screen": "screening",
     "to_record": "records",
 }
-__getattr__, __all__ = face(__name__, NAMES), list(NAMES)
+__getattr__, __dir__, __all__ = face(__name__, NAMES)

@@ -17,4 +17,4 @@ NAMES = {
     "RoLoRA": "rolora",
     "weighted_mean": "strategies",
 }
-__getattr__, __all__ = face(__name__, NAMES), list(NAMES)
+__getattr__, __dir__, __all__ = face(__name__, NAMES)

@@ -138,17 +138,13 @@ class Careful(Wrapper):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The wrapped strategy's messages, in order."""
-        places = {node: place for place, node in enumerate(grid.get_node_ids())}
-        messages = super().configure_train(server_round, arrays, config, grid)
-        return sorted(messages, key=lambda message: places[message.metadata.dst_node_id])
+        return in_order(super().configure_train(server_round, arrays, config, grid), grid)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """As :meth:`configure_train`."""
-        places = {node: place for place, node in enumerate(grid.get_node_ids())}
-        messages = super().configure_evaluate(server_round, arrays, config, grid)
-        return sorted(messages, key=lambda message: places[message.metadata.dst_node_id])
+        return in_order(super().configure_evaluate(server_round, arrays, config, grid), grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -174,6 +170,12 @@ class Careful(Wrapper):
         scored = [(number["num-examples"], number["nll"]) for number in map(numbers, replies)]
         total = sum(cards for cards, _ in scored)
         return MetricRecord({"nll": sum(cards * nll for cards, nll in scored) / total}) if total else None
+
+
+def in_order(messages: Iterable[Message], grid: Grid) -> list[Message]:
+    """Messages in the order of a grid's nodes: Flower's strategies draw them by chance."""
+    places = {node: place for place, node in enumerate(grid.get_node_ids())}
+    return sorted(messages, key=lambda message: places[message.metadata.dst_node_id])
 
 
 def numbers(reply: Message) -> MetricRecord:

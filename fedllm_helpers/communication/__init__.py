@@ -18,4 +18,4 @@ NAMES = {
     "transfer_bytes": "estimates",
     "weight_bytes": "estimates",
 }
-__getattr__, __all__ = face(__name__, NAMES), list(NAMES)
+__getattr__, __dir__, __all__ = face(__name__, NAMES)

@@ -7,4 +7,4 @@ imported before it is used: the watchdog and whoever makes a certificate wait fo
 from fedllm_helpers.faces import face
 
 NAMES = dict.fromkeys(["bring_back", "kill", "start", "start_node", "start_server", "wait_online"], "hosts")
-__getattr__, __all__ = face(__name__, NAMES), list(NAMES)
+__getattr__, __dir__, __all__ = face(__name__, NAMES)

@@ -16,4 +16,4 @@ NAMES = {
     "run": "simulation",
     "run_apps": "in_process",
 }
-__getattr__, __all__ = face(__name__, NAMES), list(NAMES)
+__getattr__, __dir__, __all__ = face(__name__, NAMES)

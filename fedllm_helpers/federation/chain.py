@@ -33,7 +33,7 @@ RULES = {rule.name: rule for rule in (FedIT, FFALoRA, RoLoRA, FLoRA, FedExLoRA, 
 
 @dataclass
 class Chain:
-    """The strategies of a run: ``top`` is called, ``flower`` is the innermost, ``rule`` has what is in the base model.
+    """The strategies of a run: ``top`` is called, ``rule`` has what was added to the base model.
 
     ``hospitals`` are the numbers of hospitals by node, kept up to date.
     """
@@ -41,7 +41,6 @@ class Chain:
     top: Metered
     screened: Screened
     rule: Rule
-    flower: Strategy
     masked: Masked | None = None
     hospitals: dict[int, int] = field(default_factory=dict)
 
@@ -73,7 +72,7 @@ def rule(cfg: DictConfig, strategy: Strategy, hospitals: dict[int, int] | None =
 
 
 def values(cfg: DictConfig, adapter: Adapter) -> Callable[[int, int, str], tuple[int, int]]:
-    """How many numbers the messages of a configured run hold: :meth:`fedllm_helpers.aggregation.rules.Rule.values`."""
+    """How many numbers the messages of a configured run hold: :meth:`fedllm_helpers.aggregation.ruled.Rule.values`."""
     return rule(cfg, named_strategy(cfg)).values(adapter, cfg.federation.num_clients)
 
 
@@ -89,13 +88,14 @@ def named_strategy(cfg: DictConfig) -> Strategy:
 
 def compose(cfg: DictConfig) -> Chain:
     """The strategies that a configuration asks for; those that do not go together are refused when it is loaded."""
-    how, private, hospitals = cfg.federation, cfg.federation.privacy.client, {}
-    innermost, masked = named_strategy(cfg), None
-    chosen = strategy = rule(cfg, Careful(innermost), hospitals)
+    how, hospitals = cfg.federation, {}
+    private = how.privacy.client
+    chosen = strategy = rule(cfg, Careful(named_strategy(cfg)), hospitals)
+    masked = None
     if private.noise_multiplier is not None:
         uniform = private.weights == "uniform"
         given = (private.noise_multiplier, private.clipping_norm)
-        strategy = Noised(strategy, *given, uniform=uniform, seed=cfg.federation.privacy.noise_seed)
+        strategy = Noised(strategy, *given, uniform=uniform, seed=how.privacy.noise_seed)
     if how.secure_aggregation.threshold:
         strategy = masked = Masked(strategy, **masks(cfg))
     strategy, small = Enough(strategy, how.min_replies, closed=bool(masked)), how.compression
@@ -103,7 +103,7 @@ def compose(cfg: DictConfig) -> Chain:
         up = None if masked else small.up
         strategy = Compressed(strategy, up=up, down=small.down, keep=small.keep, error_feedback=small.error_feedback)
     screened = Screened(strategy, **limits(cfg))
-    chain = Chain(Metered(screened), screened, chosen, innermost, masked, hospitals)
+    chain = Chain(Metered(screened), screened, chosen, masked, hospitals)
     for wrapper in chain.wrappers():
         wrapper.names = hospitals
     return chain

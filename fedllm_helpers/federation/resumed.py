@@ -47,8 +47,9 @@ class Resumed(Wrapper):
     """A strategy whose ``start`` goes on after the last round that is whole in a folder; it stands outermost.
 
     Kept are the adapter, what Flower's strategy remembers and what a rule added to the base model; and in one process
-    what clients remember, so that the end has the same bits. Elsewhere clients keep their state themselves, as long as
-    they run. Clients need nothing.
+    what clients remember. Elsewhere clients keep their state themselves, as long as they run. The end is that of a run
+    that was not stopped, but for the order in which Flower asks clients, which is another each time. Clients need
+    nothing.
 
     Args:
         strategy: any.

@@ -8,4 +8,4 @@ is the algebra of masks, :mod:`masked_rounds` its messages at the server, and :m
 from fedllm_helpers.faces import face
 
 NAMES = {"Masked": "masked", "Noised": "noised", "clip": "noise", "noise_seed": "noise", "only_private": "promises"}
-__getattr__, __all__ = face(__name__, NAMES), list(NAMES)
+__getattr__, __dir__, __all__ = face(__name__, NAMES)
