@@ -1,4 +1,4 @@
-"""Write owner, repository and release tag from pyproject.toml into every badge, set-up cell and citation.
+"""Write owner, repository and release tag from pyproject.toml into every badge, set-up cell, link to docs and citation.
 
 ``python notebooks/badges.py [OTHER_ROOT]`` (``make badges``): after a fork, or for a new version. The tag is ``v`` and
 the version; the repository is ``project.urls.Repository``.
@@ -28,6 +28,7 @@ def main(root: Path) -> list[Path]:
             rf"\g<1>{where} && cd {where.split('/')[1]}",
         ),
         (rf"(repository-code: https://github\.com/){NAME}/{NAME}", rf"\g<1>{where}"),
+        (rf"(\]\(https://github\.com/){NAME}/{NAME}/blob/[^/\s]+/docs/", rf"\g<1>{where}/blob/v{version}/docs/"),
         (r"(?m)^(version: )\d[\w.]*$", rf"\g<1>{version}"),
         (r"(Badges open the release tag )v[\w.]+\w", rf"\g<1>v{version}"),
     )
