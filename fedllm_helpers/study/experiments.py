@@ -27,6 +27,7 @@ from fedllm_helpers import config, data, folders
 from fedllm_helpers.federation.provenance import fingerprint, provenance
 from fedllm_helpers.study.arms import KEPT, finished, pool, run_all, score_arm, tuning_config
 from fedllm_helpers.study.audits import privacy_grid
+from fedllm_helpers.study.control import control_grid
 from fedllm_helpers.study.lab import lab_grid
 from fedllm_helpers.study.results import origin_of, publish, same_origin, write
 from fedllm_helpers.study.views import views_grid
@@ -182,7 +183,7 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
 def main() -> None:
     """Command line of the grids."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("grid", choices=["federated", "aggregation", "analysis", "privacy", "views"])
+    parser.add_argument("grid", choices=["federated", "aggregation", "analysis", "privacy", "views", "control"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("notebooks/results"))
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
@@ -208,6 +209,8 @@ def _run(arguments: argparse.Namespace) -> None:
         lab_grid(arguments.seeds, arguments.folder, arguments.processes)
     elif arguments.grid == "privacy":
         privacy_grid(arguments.seeds, arguments.folder, arguments.processes)
+    elif arguments.grid == "control":
+        control_grid(arguments.seeds, arguments.folder, arguments.processes)
     elif arguments.grid == "views":
         views_grid(arguments.seeds, arguments.folder, arguments.processes)
     else:
