@@ -10,6 +10,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import nbformat
 from sphinx.cmd.build import main as sphinx
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +46,7 @@ data
 project
 pieces
 names
+further
 teaching
 glossary
 ```
@@ -70,12 +72,23 @@ def names() -> str:
     return "\n\n".join(page[:2]) + "\n\n" + "\n".join(page[2:]) + "\n"
 
 
+def described(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook with the alternative text of each picture where MyST-NB looks for it: in the cell's metadata."""
+    for cell in notebook.cells:
+        texts = [out.get("metadata", {}).get("image/png", {}).get("alt") for out in cell.get("outputs", [])]
+        if any(texts):
+            cell.metadata["mystnb"] = {"image": {"alt": " ".join(filter(None, texts))}}
+    return notebook
+
+
 def main() -> int:
     """Assemble the sources, build, and return Sphinx's exit code; a warning is an error."""
     shutil.rmtree(SOURCE, ignore_errors=True)
     SOURCE.mkdir(parents=True)
     notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
-    for path in [*notebooks, *(ROOT / "docs").glob("*.md")]:
+    for path in notebooks:
+        nbformat.write(described(nbformat.read(path, as_version=4)), SOURCE / path.name)
+    for path in (ROOT / "docs").glob("*.md"):
         shutil.copy(path, SOURCE)
     (SOURCE / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "results.png", SOURCE / "docs")  # README's figure, at README's address

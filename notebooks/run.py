@@ -19,7 +19,7 @@ import nbformat
 import psutil
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-from nbconvert import HTMLExporter
+from pages import page
 from PIL import Image
 
 from fedllm_helpers.models import embedded
@@ -124,14 +124,14 @@ async def run(path: Path, inplace: bool, at: dict[str, str]) -> tuple[str, float
         raise
     say()
     print(f"\r{at.pop(path.stem):<110s}")
-    seconds, page = time.perf_counter() - start, BUILD / f"{path.stem}.html"
+    seconds, shown = time.perf_counter() - start, BUILD / f"{path.stem}.html"
     drop_widgets(notebook)
     pack_pictures(notebook)
     nbformat.write(notebook, BUILD / path.name)
     if inplace:
         nbformat.write(notebook, path)
-    page.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf8")
-    return path.stem, seconds, peak[0], headlines(notebook), page
+    shown.write_text(page(notebook), encoding="utf8")
+    return path.stem, seconds, peak[0], headlines(notebook), shown
 
 
 def drop_widgets(notebook: nbformat.NotebookNode) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from bs4 import BeautifulSoup
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -82,7 +83,8 @@ def test_a_failing_notebook_stops_with_its_name_cell_and_error(tmp_path):
     """The runner itself, copied beside a notebook that fails in its second cell."""
     (tmp_path / "notebooks").mkdir()
     runner = tmp_path / "notebooks" / "run.py"
-    runner.write_text((ROOT / "notebooks" / "run.py").read_text())
+    for name in ("run.py", "pages.py"):
+        (runner.parent / name).write_text((ROOT / "notebooks" / name).read_text())
     cells = [nbformat.v4.new_code_cell("x = 1"), nbformat.v4.new_code_cell("x / 0"), nbformat.v4.new_code_cell("x")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "notebooks" / "01_bad.ipynb")
     done = subprocess.run([sys.executable, str(runner)], capture_output=True, text=True)
@@ -98,7 +100,8 @@ def test_a_failing_notebook_stops_with_its_name_cell_and_error(tmp_path):
 def test_of_two_notebooks_at_a_time_the_first_that_fails_ends_the_other(tmp_path):
     (tmp_path / "notebooks").mkdir()
     runner, mark = tmp_path / "notebooks" / "run.py", tmp_path / "pid"
-    runner.write_text((ROOT / "notebooks" / "run.py").read_text())
+    for name in ("run.py", "pages.py"):
+        (runner.parent / name).write_text((ROOT / "notebooks" / name).read_text())
     waits = f"import os, pathlib, time\npathlib.Path({str(mark)!r}).write_text(str(os.getpid()))\ntime.sleep(600)"
     fails = f"import pathlib, time\nwhile not pathlib.Path({str(mark)!r}).exists(): time.sleep(0.1)\n1 / 0"
     for name, source in (("01_waits", waits), ("02_fails", fails)):
@@ -110,11 +113,64 @@ def test_of_two_notebooks_at_a_time_the_first_that_fails_ends_the_other(tmp_path
     assert "01_waits" not in done.stderr and not psutil.pid_exists(int(mark.read_text())), "no kernel is left"
 
 
+FORMULAS = r"""Inline $a < b$ and $\bar w_k$, code `$not$`, and
+
+$$\begin{bmatrix} 1 & 2 \end{bmatrix}$$
+
+[![Open](https://elsewhere.example/badge.svg)](https://elsewhere.example/open)
+
+```
+$neither$
+```"""
+
+
+def pages():
+    sys.path.insert(0, str(ROOT / "notebooks"))
+    try:
+        import pages as module
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def loaded(soup):
+    """What a browser fetches of itself when it opens a page."""
+    found = [tag.get("src") or tag.get("href") for tag in soup.find_all(["script", "link", "img", "iframe"])]
+    return [address for address in found if address and not address.startswith("data:")]
+
+
+def test_a_page_has_formulas_and_the_words_of_pictures_and_loads_nothing():
+    pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    code = nbformat.v4.new_code_cell("draw()")
+    for alt in ({"image/png": {"alt": "Two arrows, and 3 < 4."}}, {}):
+        code.outputs.append(nbformat.v4.new_output("display_data", {"image/png": pixel}, metadata=alt))
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(FORMULAS), code])
+    soup = BeautifulSoup(pages().page(book), "html.parser")
+    kinds = [formula["display"] for formula in soup.find_all("math")]
+    assert kinds == ["inline", "inline", "block"] and len(soup.select("mtd")) == 2
+    assert "$not$" in soup.find("code").text and "$neither$" in soup.find("pre").text
+    assert [picture["alt"] for picture in soup.find_all("img")] == ["Two arrows, and 3 < 4.", ""]
+    assert loaded(soup) == [] and soup.find("a", href="https://elsewhere.example/open").text.strip() == "Open"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_page_of_a_notebook_is_whole_without_a_network(path):
+    book = nbformat.read(path, as_version=4)
+    soup = BeautifulSoup(pages().page(book), "html.parser")
+    assert loaded(soup) == [] and "url(http" not in str(soup)
+    raw = [cell.get_text() for cell in soup.select(".jp-RenderedMarkdown")]
+    formulas = sum(len(re.findall(r"\$[^$`\n]+\$", text)) for text in raw)
+    assert not formulas, "a formula is left as it was typed"
+    texts = pages().alternatives(book)
+    assert len(texts) == len(soup.select(".jp-OutputArea img")) and all(len(text) > 40 for text in texts)
+
+
 @pytest.mark.processes
 def test_the_runner_writes_notebook_page_and_headline(tmp_path):
     (tmp_path / "notebooks").mkdir()
     runner = tmp_path / "notebooks" / "run.py"
-    runner.write_text((ROOT / "notebooks" / "run.py").read_text())
+    for name in ("run.py", "pages.py"):
+        (runner.parent / name).write_text((ROOT / "notebooks" / name).read_text())
     cell = nbformat.v4.new_code_cell("print('answer 42')", metadata={"tags": ["headline"]})
     sliders = nbformat.v4.new_code_cell("import ipywidgets\nprint('moved')\nipywidgets.IntSlider()")
     nbformat.write(nbformat.v4.new_notebook(cells=[cell, sliders]), tmp_path / "notebooks" / "01_good.ipynb")

@@ -1,19 +1,39 @@
-"""Every figure of the course, drawn from plain tables; it imports no other room."""
+"""Every figure of the course, drawn from plain tables, and every drawing; it imports no other room."""
 
-from fedllm_helpers.plotting.diagrams import data_routes, flower_apps, lora_update, tokens
-from fedllm_helpers.plotting.figures import by_round, byte_bars, curves, frontier, heat_maps, intervals, losses, pairs
+from fedllm_helpers.plotting.aggregation import cross_terms, errors_by_layer, rules, two_means
+from fedllm_helpers.plotting.comparisons import budgets, differences
+from fedllm_helpers.plotting.diagrams import levels, lora_update, next_token, pooled_training, tokens, two_questions
+from fedllm_helpers.plotting.federations import data_routes, federation, flower_apps, moves, one_round, wall
+from fedllm_helpers.plotting.figures import by_round, byte_sizes, curves, frontier, heat_maps, intervals, losses, pairs
+from fedllm_helpers.plotting.showing import describe, show
 
 __all__ = [
+    "budgets",
     "by_round",
-    "byte_bars",
+    "byte_sizes",
+    "cross_terms",
     "curves",
     "data_routes",
+    "describe",
+    "differences",
+    "errors_by_layer",
+    "federation",
     "flower_apps",
     "frontier",
     "heat_maps",
     "intervals",
+    "levels",
     "lora_update",
     "losses",
+    "moves",
+    "next_token",
+    "one_round",
     "pairs",
+    "pooled_training",
+    "rules",
+    "show",
     "tokens",
+    "two_means",
+    "two_questions",
+    "wall",
 ]

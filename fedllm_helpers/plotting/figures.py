@@ -102,8 +102,8 @@ def pairs(table: pd.DataFrame, first: str, second: str, xlabel: str, title: str)
     return figure
 
 
-def byte_bars(sizes: Mapping[str, int], title: str) -> Figure:
-    """Bytes on a logarithmic axis, each bar with its number (1 MB = 10⁶ bytes).
+def byte_sizes(sizes: Mapping[str, int], title: str) -> Figure:
+    """Bytes as points on a logarithmic axis, each with its number (1 MB = 10⁶ bytes).
 
     Args:
         sizes: name to bytes.
@@ -112,12 +112,13 @@ def byte_bars(sizes: Mapping[str, int], title: str) -> Figure:
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(figsize=(7.2, 1.0 + 0.36 * len(sizes)))
         values = [size / 1e6 for size in sizes.values()]
-        bars = axes.barh(list(sizes), values, color="#74add1", edgecolor="#1f4e8c")
-        axes.bar_label(bars, [_size(value) for value in sizes.values()], padding=4)
+        axes.plot(values, range(len(values)), "D", color="#1f4e8c", label="megabytes")
+        for place, size in enumerate(sizes.values()):
+            axes.annotate(_size(size), (size / 1e6, place), (9, 0), textcoords="offset points", va="center", fontsize=9)
         axes.set_xscale("log")
         axes.set_xlim(min(values) / 3, max(values) * 30)
-        axes.invert_yaxis()
-        axes.grid(axis="y", visible=False)
+        axes.set_yticks(range(len(values)), sizes)
+        axes.set_ylim(len(values) - 0.5, -0.5)
         axes.set(xlabel="megabytes (logarithmic)", title=title)
     return figure
 

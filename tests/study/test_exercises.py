@@ -1,5 +1,9 @@
 """The checks of exercises: a right solution passes, and each usual slip is told from it."""
 
+import re
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from flwr.serverapp.strategy import FedAvg, FedAvgM
@@ -72,5 +76,107 @@ def test_momentum_at_the_server(strategy, says):
     assert says in exercises.server_momentum(lambda: strategy(fraction_evaluate=0.0))
 
 
+def overlap(question, options, find=r"\w{4,}", lower=True):
+    """The solution of notebook 01."""
+    texts = [text.lower() if lower else text for text in (question, *options)]
+    asked, *offered = (set(re.findall(find, text)) for text in texts)
+    shared = [len(asked & words) for words in offered]
+    return shared.index(max(shared))
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        (overlap, "right"),
+        (partial(overlap, find=r"\w+"), "What is Late walking?"),
+        (partial(overlap, lower=False), "not yet"),
+        (partial(overlap, find=r"\S{4,}"), "What is Crimson elbow?"),
+        (lambda question, options: options[0], "gives 'An elbow"),
+    ],
+)
+def test_the_rule_that_counts_shared_words(rule, says):
+    assert says in exercises.word_overlap(rule)
+
+
+class Quorum(FedAvg):
+    """The solution of notebook 03."""
+
+    least = 0.5
+
+    def configure_train(self, server_round, arrays, config, grid):
+        self.before = arrays
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        self.asked = len(messages)
+        return messages
+
+    def aggregate_train(self, server_round, replies):
+        replies = list(replies)
+        there = sum(not reply.has_error() for reply in replies)
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        return (arrays if there >= self.asked * self.least else self.before), metrics
+
+
+class Everybody(Quorum):
+    least = 1.0
+
+
+@pytest.mark.parametrize(
+    ("strategy", "says"),
+    [
+        (Quorum, "right"),
+        (FedAvg, "after round 2, in which 2 of 3 clients failed"),
+        (Everybody, "after round 3, in which 1 of 3 clients failed"),
+    ],
+)
+def test_a_round_needs_half_of_its_clients(strategy, says):
+    assert says in exercises.quorum(lambda: strategy(fraction_evaluate=0.0))
+
+
+class FFA(FedAvg):
+    """The solution of notebook 04; ``slip`` names what is wrong with it."""
+
+    slip = ""
+
+    def configure_train(self, server_round, arrays, config, grid):
+        adapter = from_record(arrays)
+        self.resting = {key: value for key, value in adapter.items() if "lora_A" in key}
+        moving = {key: value for key, value in adapter.items() if "lora_B" in key}
+        return super().configure_train(server_round, to_record(moving), config, grid)
+
+    def aggregate_train(self, server_round, replies):
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        if self.slip == "lost":
+            return arrays, metrics
+        grown = {key: value * (2 if self.slip == "moved" else 1) for key, value in self.resting.items()}
+        return to_record(grown | from_record(arrays)), metrics
+
+
+@pytest.mark.parametrize(("slip", "says"), [("", "right"), ("lost", "has layer.lora_B"), ("moved", "A has changed")])
+def test_ffa_lora_at_the_server(slip, says):
+    assert says in exercises.ffa_lora(lambda: type("Slip", (FFA,), {"slip": slip})(fraction_evaluate=0.0))
+    assert exercises.ffa_lora(lambda: FedAvg(fraction_evaluate=0.0)) == "not yet: A is sent"
+
+
+def worst(honest):
+    """The solution of notebook 04."""
+    ends = np.where(honest.mean(axis=0) > 0, honest.min(axis=0), honest.max(axis=0))
+    return np.stack([ends, ends])
+
+
+@pytest.mark.parametrize(
+    ("attack", "says"),
+    [
+        (worst, "right"),
+        (lambda honest: -10 * honest[:2], "would be seen"),
+        (lambda honest: honest[:2], "100% are left"),
+        (lambda honest: worst(honest)[0], "the shape (2, 2000), yours (2000,)"),
+    ],
+)
+def test_two_of_six_beat_the_median_without_standing_out(attack, says):
+    assert says in exercises.beats_the_median(attack)
+
+
 def test_what_is_not_answered_is_said_so():
-    assert exercises.lora_of_a_conv1d(None) == exercises.server_momentum(None) == "not answered yet"
+    checks = [exercises.word_overlap, exercises.lora_of_a_conv1d, exercises.server_momentum, exercises.quorum]
+    checks += [exercises.ffa_lora, exercises.beats_the_median]
+    assert {check(None) for check in checks} == {"not answered yet"}

@@ -1,0 +1,71 @@
+"""Figures that compare arms on the same cards."""
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from fedllm_helpers.plotting.figures import ARMS, STYLE
+
+
+def budgets(tables: Mapping[str, pd.DataFrame], xlabel: str, title: str) -> Figure:
+    """The same arms under different budgets, a panel for each, as differences to one of them with their intervals.
+
+    Args:
+        tables: name of a budget to columns ``label``, ``arm`` (of :data:`fedllm_helpers.plotting.figures.ARMS`),
+            ``value``, ``low``, ``high``, with the same labels in each.
+        xlabel: with its unit.
+        title: of the figure.
+    """
+    labels = list(next(iter(tables.values()))["label"])
+    with plt.style.context(STYLE):
+        size = (4.5 * len(tables), 1.3 + 0.36 * len(labels))
+        figure, panels = plt.subplots(1, len(tables), figsize=size, sharex=True, sharey=True, squeeze=False)
+        for axes, (name, table) in zip(panels[0], tables.items(), strict=True):
+            axes.axvline(0, color="black", linewidth=1)
+            for row in table.to_dict("records"):
+                (colour, mark), place = ARMS[row["arm"]], labels.index(row["label"])
+                spread = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
+                axes.errorbar(row["value"], place, xerr=spread, fmt=mark, color=colour)
+                axes.annotate(
+                    f"{row['value']:+.2f}", (row["high"], place), (6, 0), textcoords="offset points", va="center"
+                )
+            axes.set_yticks(range(len(labels)), labels)
+            axes.set_ylim(len(labels) - 0.4, -0.6)
+            axes.margins(x=0.2)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.grid(axis="y", visible=False)
+            axes.set(title=name, xlabel=xlabel)
+        figure.suptitle(title)
+    return figure
+
+
+def differences(table: pd.DataFrame, own: Mapping[str, str], label: str, title: str) -> Figure:
+    """A table of differences as cells from blue (below 0) over white to red (above 0); some cells are boxed.
+
+    Args:
+        table: with the names that are written beside rows and columns.
+        own: row to the column that is boxed in it.
+        label: of the colours, with the unit.
+        title: of the figure.
+    """
+    most = float(np.abs(table.to_numpy()).max())
+    with plt.style.context(STYLE):
+        figure, axes = plt.subplots(figsize=(2.6 + 0.78 * len(table.columns), 1.7 + 0.32 * len(table)))
+        image = axes.imshow(table, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+        for (y, x), value in np.ndenumerate(table.to_numpy()):
+            colour = "white" if abs(value) > 0.7 * most else "black"
+            axes.text(x, y, f"{value:+.2f}", ha="center", va="center", color=colour, fontsize=8.5)
+        for row, column in own.items():
+            x, y = table.columns.get_loc(column), table.index.get_loc(row)
+            axes.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fill=False, ec="black", lw=2))
+        axes.set_xticks(range(len(table.columns)), table.columns, rotation=35, ha="right")
+        axes.set_yticks(range(len(table)), table.index)
+        axes.set_title(title)
+        axes.grid(visible=False)
+        figure.colorbar(image, label=label, shrink=0.8)
+    return figure
