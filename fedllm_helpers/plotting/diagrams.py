@@ -20,7 +20,7 @@ def two_questions() -> Figure:
     for place, name in enumerate(("heart clinic", "eye clinic", "nerve clinic")):
         box(axes, 6.7, 1.6 - 0.62 * place, 2.0, 0.5, f"{name}: own records", sketch.HOSPITAL)
     arrow(axes, (2.6, 1.15), (3.65, 1.15), sketch.DOWN)
-    arrow(axes, (6.55, 1.15), (5.35, 1.15), sketch.BAD, dashed=True)
+    arrow(axes, (6.62, 1.15), (6.42, 1.15), sketch.BAD)
     axes.plot([6.35, 6.35], [0.25, 2.08], color=sketch.INK, lw=3)
     note(axes, 3.1, 1.95, "What did it learn by heart? (1.5)", sketch.DOWN)
     note(axes, 5.0, 0.25, "What does it not know? (1.2 to 1.4)", sketch.BAD)
@@ -115,7 +115,7 @@ def pooled_training(hospitals: int = 6) -> Figure:
     note(axes, 4.7, 1.65, "train", sketch.UP)
     note(axes, 7.68, 1.65, "ask", sketch.DOWN)
     note(axes, 2.25, 0.25, "private records would have to move", sketch.BAD, side="left")
-    note(axes, 6.9, 0.6, "only this moves", sketch.UP)
+    note(axes, 6.9, 0.6, "only this is trained", sketch.UP)
     return figure
 
 
