@@ -1,5 +1,6 @@
 """A run notebook as one page that needs nothing from elsewhere: formulas, pictures and their texts are in it."""
 
+import copy
 import re
 
 import nbformat
@@ -7,34 +8,38 @@ from bs4 import BeautifulSoup
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 
+DOLLAR = "\ue000"  # stands for a dollar that opens no formula, while formulas are looked for
 FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|(?<![\\$])\$(?P<line>[^$\n]+?)\$(?!\d)", re.DOTALL)
 
 
 def page(notebook: nbformat.NotebookNode) -> str:
     """The notebook as HTML, without scripts and without anything that a browser would fetch before it is asked to."""
-    html = HTMLExporter().from_notebook_node(notebook)[0]
-    soup = BeautifulSoup(html, "html.parser")
-    for script in soup.find_all("script"):
-        script.decompose()
-    texts = iter(alternatives(notebook))
+    notebook = copy.deepcopy(notebook)
+    for cell in (cell for cell in notebook.cells if cell.cell_type == "markdown"):
+        cell.source = cell.source.replace(r"\$", DOLLAR)
+    soup = BeautifulSoup(HTMLExporter().from_notebook_node(notebook)[0], "html.parser")
+    for other in soup.find_all(["script", "iframe", "link", "object", "embed"]):
+        other.decompose()
     for picture in soup.find_all("img"):
-        if picture["src"].startswith("data:image/png") and not picture.find_parent(class_="jp-RenderedMarkdown"):
-            picture["alt"] = next(texts)
-        elif picture["src"].startswith("http"):
+        if not picture.get("src", "").startswith("data:"):
             picture.replace_with(picture.get("alt", ""))  # a badge
+    for picture, text in zip(soup.select(".jp-RenderedImage img"), alternatives(notebook), strict=True):
+        picture["alt"] = text
     for text in soup.select(".jp-RenderedMarkdown"):
         for node in text.find_all(string=FORMULA):
             if not node.find_parent(["code", "pre"]):
                 node.replace_with(
                     BeautifulSoup(FORMULA.sub(_mathml, node.output_ready(formatter="minimal")), "html.parser")
                 )
+    for node in soup.find_all(string=re.compile(DOLLAR)):
+        node.replace_with(node.replace(DOLLAR, r"\$" if node.find_parent(["code", "pre"]) else "$"))
     return str(soup)
 
 
 def alternatives(notebook: nbformat.NotebookNode) -> list[str]:
     """The alternative text of each picture that cells have put out, in order; empty where there is none."""
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
-    pictures = [out for out in outputs if "image/png" in out.get("data", {})]
+    pictures = [out for out in outputs if "image/png" in out.get("data", {}) and "text/html" not in out["data"]]
     return [out["metadata"].get("image/png", {}).get("alt", "") for out in pictures]
 
 

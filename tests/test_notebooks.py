@@ -113,9 +113,19 @@ def test_of_two_notebooks_at_a_time_the_first_that_fails_ends_the_other(tmp_path
     assert "01_waits" not in done.stderr and not psutil.pid_exists(int(mark.read_text())), "no kernel is left"
 
 
-FORMULAS = r"""Inline $a < b$ and $\bar w_k$, code `$not$`, and
+FORMULAS = r"""# Of $x < y$
+
+Inline $a < b$ and $\bar w_k$, code `$not$`, a price of $5 and $6, and
 
 $$\begin{bmatrix} 1 & 2 \end{bmatrix}$$
+
+$$
+u < v
+$$
+
+| a | b |
+|---|---|
+| $z_1$ | none |
 
 [![Open](https://elsewhere.example/badge.svg)](https://elsewhere.example/open)
 
@@ -133,36 +143,110 @@ def pages():
     return module
 
 
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+FETCHED = ("src", "srcset", "href", "xlink:href", "data", "poster", "background", "action")
+
+
 def loaded(soup):
-    """What a browser fetches of itself when it opens a page."""
-    found = [tag.get("src") or tag.get("href") for tag in soup.find_all(["script", "link", "img", "iframe"])]
-    return [address for address in found if address and not address.startswith("data:")]
+    """What a browser fetches of itself when it opens a page, or runs: all but where a link leads."""
+    given = [tag.get(name) for tag in soup.find_all(True) if tag.name != "a" for name in FETCHED]
+    styles = [*(tag.get_text() for tag in soup.find_all("style")), *(tag["style"] for tag in soup.select("[style]"))]
+    given += [found for style in styles for found in re.findall(r"(?:url\(|@import)\s*['\"]?([^'\")\s]*)", style)]
+    return [one for one in given if one and not one.startswith(("data:", "#"))] + soup.find_all("script")
+
+
+def prose(soup):
+    """The text of Markdown, without code."""
+    for code in soup.select(".jp-RenderedMarkdown :is(code, pre), .anchor-link"):
+        code.extract()
+    return "\n".join(text.get_text() for text in soup.select(".jp-RenderedMarkdown"))
+
+
+def made(source, *outputs):
+    """The page of a notebook with this text and a cell with these outputs: data, and an alternative text or None."""
+    code = nbformat.v4.new_code_cell("draw()")
+    for data, alt in outputs:
+        more = {} if alt is None else {"image/png": {"alt": alt}}
+        code.outputs.append(nbformat.v4.new_output("display_data", data, metadata=more))
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(source), code])
+    return BeautifulSoup(pages().page(book), "html.parser")
 
 
 def test_a_page_has_formulas_and_the_words_of_pictures_and_loads_nothing():
-    pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-    code = nbformat.v4.new_code_cell("draw()")
-    for alt in ({"image/png": {"alt": "Two arrows, and 3 < 4."}}, {}):
-        code.outputs.append(nbformat.v4.new_output("display_data", {"image/png": pixel}, metadata=alt))
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(FORMULAS), code])
-    soup = BeautifulSoup(pages().page(book), "html.parser")
+    soup = made(FORMULAS, ({"image/png": PIXEL}, 'Two "arrows", and 3 < 4.'), ({"image/png": PIXEL}, None))
     kinds = [formula["display"] for formula in soup.find_all("math")]
-    assert kinds == ["inline", "inline", "block"] and len(soup.select("mtd")) == 2
+    assert kinds == ["inline", "inline", "inline", "block", "block", "inline"] and len(soup.select("mtd")) == 2
+    texts = [formula.get_text() for formula in soup.find_all("math")]
+    assert (texts[:2], texts[4:]) == (["x<y", "a<b"], ["u<v", "z1"]) and len(soup.select("td math msub")) == 1
     assert "$not$" in soup.find("code").text and "$neither$" in soup.find("pre").text
-    assert [picture["alt"] for picture in soup.find_all("img")] == ["Two arrows, and 3 < 4.", ""]
+    assert [picture["alt"] for picture in soup.find_all("img")] == ['Two "arrows", and 3 < 4.', ""]
     assert loaded(soup) == [] and soup.find("a", href="https://elsewhere.example/open").text.strip() == "Open"
+    assert "a price of $5 and $6, and" in prose(soup) and prose(soup).count("$") == 2
+
+
+def test_what_a_page_would_load_is_found():
+    """The check of pages itself, on what it should find."""
+    tags = '<script>run()</script><link href="https://a/x.css"><img src="//a/x.png"><video poster="x.png"></video>'
+    found = loaded(BeautifulSoup(f"{tags}<style>@import 'https://a'; b {{c: url(https://a/f)}}</style>", "html.parser"))
+    assert len(found) == 6
+    kept = '<a href="https://a">a</a><img src="data:image/png;base64,AA"><style>b {c: url(data:x)}</style>'
+    assert loaded(BeautifulSoup(kept, "html.parser")) == []
+
+
+def test_a_dollar_behind_a_backslash_is_no_formula():
+    soup = made(r"Between \$5 and \$6, with $x$.")
+    assert "Between $5 and $6, with" in prose(soup) and [one.get_text() for one in soup.find_all("math")] == ["x"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"text/html": f"<img alt='a logo' src='data:image/png;base64,{PIXEL}'>"},
+        {"text/html": "<b>a table</b>", "image/png": PIXEL},
+    ],
+    ids=["in HTML", "beside HTML"],
+)
+def test_a_picture_keeps_its_words_beside_other_outputs(other):
+    soup = made("Text.", (other, "first" if "image/png" in other else None), ({"image/png": PIXEL}, "second"))
+    assert soup.find_all("img")[-1]["alt"] == "second"
+
+
+@pytest.mark.parametrize(
+    "tag", ['<img src="//a/x.png">', '<iframe src="https://a"></iframe>', '<link href="https://a">']
+)
+def test_html_that_a_cell_put_out_loads_nothing(tag):
+    assert loaded(made("Text.", ({"text/html": tag}, None))) == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_page_of_a_notebook_is_whole_without_a_network(path):
     book = nbformat.read(path, as_version=4)
     soup = BeautifulSoup(pages().page(book), "html.parser")
-    assert loaded(soup) == [] and "url(http" not in str(soup)
-    raw = [cell.get_text() for cell in soup.select(".jp-RenderedMarkdown")]
-    formulas = sum(len(re.findall(r"\$[^$`\n]+\$", text)) for text in raw)
-    assert not formulas, "a formula is left as it was typed"
+    assert loaded(soup) == []
     texts = pages().alternatives(book)
-    assert len(texts) == len(soup.select(".jp-OutputArea img")) and all(len(text) > 40 for text in texts)
+    assert [picture["alt"] for picture in soup.select(".jp-OutputArea img")] == texts
+    assert all(len(text) > 40 for text in texts)
+    sources = [
+        re.sub(r"```.*?```|`[^`]*`", "", cell.source, flags=re.S) for cell in book.cells if cell.cell_type != "code"
+    ]
+    written = sum(len(re.findall(r"\$\$.+?\$\$|\$[^$\n]+\$", source, re.S)) for source in sources)
+    assert len(soup.find_all("math")) == written and not soup.find_all("merror")
+    assert "$" not in prose(soup), "a formula is left as it was typed"
+
+
+STALE = {  # the words of some of their pictures were stored before axes with powers of ten were told right
+    "05_federated_privacy",
+    "07_analysis",
+}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.stem, marks=[pytest.mark.xfail(strict=True)] if p.stem in STALE else []) for p in NOTEBOOKS],
+)
+def test_stored_words_of_pictures_are_words(path):
+    texts = pages().alternatives(nbformat.read(path, as_version=4))
+    assert [text for text in texts if re.search(r"_nolegend_|_child|mathdefault|\\frac", text)] == []
 
 
 @pytest.mark.processes

@@ -30,14 +30,14 @@ def errors_by_layer(table: pd.DataFrame, title: str) -> Figure:
         for axes, partition in zip(panels[0], partitions, strict=True):
             groups = table[table["partition"] == partition].groupby(["projection", "round"], sort=True)
             for ((projection, number), part), (colour, mark, line) in zip(groups, LOOKS, strict=False):
-                label = f"{projection}, round {number}" if axes is panels[0][0] else None
+                label = f"{projection}, round {number}"
                 look = {"color": colour, "marker": mark, "linestyle": line, "markersize": 4}
                 axes.plot(part["block"], part["error"], label=label, **look)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set(xlabel="block of the model", title=partition, ylim=(0, None))
         panels[0][0].set_ylabel("relative error of the update")
         figure.suptitle(title)
-        figure.legend(loc="outside right upper")
+        figure.legend(handles=panels[0][0].get_lines(), loc="outside right upper")
     return figure
 
 

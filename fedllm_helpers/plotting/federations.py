@@ -146,10 +146,8 @@ def moves(steps: Mapping[str, np.ndarray]) -> Figure:
         f"Arrows from one start: {', '.join(steps)}. They point to different sides; their average points between them "
     )
     figure, axes = sketch.canvas(9, 2.5, f"{alt}and is {share:.0%} as long as one of them is on average.")
-    start, ends = (1.0, 1.3), np.linspace(2.25, 0.35, len(steps) + 1)
-    heights = (
-        [end for end in ends if abs(end - 1.3) > 1e-6] if len(steps) % 2 == 0 else np.linspace(2.25, 0.35, len(steps))
-    )
+    start, places = (1.0, 1.3), np.linspace(2.25, 0.35, len(steps) + 1 + len(steps) % 2)
+    heights = [place for place in places if abs(place - 1.3) > 1e-6][: len(steps)]  # the average lies in the middle
     for name, x, y in zip(steps, along * 6.0, heights, strict=True):
         arrow(axes, start, (start[0] + x, y), "#e08214")
         note(axes, start[0] + x + 0.08, y, name, "#e08214", side="left")

@@ -46,7 +46,7 @@ def intervals(table: pd.DataFrame, xlabel: str, title: str, references: Mapping[
             colour, mark = ARMS[arm]
             axes.errorbar(rows["value"], y, xerr=spread, fmt=mark, color=colour, label=arm)
         for name, position in (references or {}).items():
-            axes.axvline(position, color="black", linestyle="--", linewidth=1)
+            axes.axvline(position, color="black", linestyle="--", linewidth=1, gid=name)
             side = "right" if position > np.mean(axes.get_xlim()) else "left"
             axes.text(position, len(labels) - 0.45, f" {name} ", va="bottom", ha=side, fontsize=9)
         axes.set_yticks(range(len(labels)), labels)
@@ -229,7 +229,7 @@ def curves(
         for (name, part), (colour, mark) in zip(table.groupby(by, sort=False), looks, strict=False):
             axes.plot(part[x], part[y], color=colour, marker=mark, label=str(name))
         for name, position in (references or {}).items():
-            axes.axhline(position, color="black", linestyle="--", linewidth=1)
+            axes.axhline(position, color="black", linestyle="--", linewidth=1, gid=name)
             axes.annotate(name, (0.01, position), xycoords=("axes fraction", "data"), va="bottom", fontsize=9)
         axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
         axes.grid(which="minor", visible=False)

@@ -49,7 +49,7 @@ def bill(table: pd.DataFrame, references: Mapping[str, Mapping[str, float]], tit
                 spread = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
                 axes.errorbar(row["value"], labels.index(row["label"]), xerr=spread, fmt=mark, color=colour)
             for name, position in references.get(measure, {}).items():
-                axes.axvline(position, color="black", linestyle="--", linewidth=1)
+                axes.axvline(position, color="black", linestyle="--", linewidth=1, gid=name)
                 axes.text(position, -0.62, f" {name}", fontsize=8.5, va="bottom")
             axes.set_yticks(range(len(labels)), labels)
             axes.set_ylim(len(labels) - 0.4, -0.65)

@@ -6,8 +6,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import display
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.category import StrCategoryFormatter
 from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedFormatter, FuncFormatter
 
 
 def show(figure: Figure) -> None:
@@ -33,30 +36,46 @@ def describe(figure: Figure) -> str:
 
 def _marks(axes: Axes) -> Iterator[str]:
     """What is drawn: points with intervals, bars, cells and lines, by the names of the ticks where these have names."""
-    beside = [_names(one.get_yticklabels()) for one in (axes, *axes.get_shared_y_axes().get_siblings(axes))]
-    rows, columns = next(filter(None, beside), {}), _names(axes.get_xticklabels())
+    beside = [_names(one.yaxis) for one in (axes, *axes.get_shared_y_axes().get_siblings(axes))]
+    rows, columns = next(filter(None, beside), {}), _names(axes.xaxis)
     for image in axes.images:
         cells = np.asarray(image.get_array())
         yield from (f"{rows[y]}, {columns[x]}: {value:.3g}" for (y, x), value in np.ndenumerate(cells) if y in rows)
-    drawn = []
     for group in axes.containers:
-        if isinstance(group, ErrorbarContainer):
-            line, _, bars = group
-            drawn.append(line)
-            ends = [segment[:, 0] for bar in bars for segment in bar.get_segments()]
-            for x, y, (low, high) in zip(*line.get_data(), ends, strict=True):
-                yield f"{rows.get(round(float(y)), line.get_label())}: {x:.3g} from {low:.3g} to {high:.3g}"
-        elif isinstance(group, BarContainer) and len(group) <= 12:
-            yield from (f"{rows.get(place, place)}: {value:.3g}" for place, value in enumerate(group.datavalues))
+        yield from _points(group, rows) if isinstance(group, ErrorbarContainer) else _bars(group, rows)
+    drawn = [group[0] for group in axes.containers if isinstance(group, ErrorbarContainer)]
     for line in axes.lines:
-        if line not in drawn and not line.get_label().startswith("_"):
-            points = [(float(x), float(y)) for x, y in zip(*line.get_data(), strict=True)]
+        points = [(float(x), float(y)) for x, y in zip(*line.get_data(), strict=True)]
+        if line.get_gid():  # a reference across the panel
+            yield f"dashed at {points[0][0] if points[0][0] == points[-1][0] else points[0][1]:.3g}: {line.get_gid()}"
+        elif line not in drawn and not line.get_label().startswith("_"):
             shown = points if len(points) <= 12 else [points[0], points[-1]]
             told = [f"{rows[round(y)]} {x:.3g}" if round(y) in rows else f"({x:.3g}, {y:.3g})" for x, y in shown]
             yield f"{line.get_label()}: {', '.join(told)}"
 
 
-def _names(labels: list) -> dict[int, str]:
-    """Ticks with words, by their place."""
-    texts = [label.get_text() for label in labels]
-    return dict(enumerate(texts)) if any(any(char.isalpha() for char in text) for text in texts) else {}
+def _points(group: ErrorbarContainer, rows: dict[int, str]) -> Iterator[str]:
+    """Each with its interval; one up and down is told by its height, beside its place."""
+    line, _, bars = group
+    way, arm = int(group.has_yerr), group.get_label()
+    ends = [segment[:, way] for bar in bars for segment in bar.get_segments()]
+    for x, y, (low, high) in zip(*line.get_data(), ends, strict=True):
+        row = "" if way else rows.get(round(float(y)), "")
+        names = ", ".join(dict.fromkeys(name for name in (row, arm) if name and not str(name).startswith("_")))
+        yield f"{names}: {f'at {x:.3g}, ' if way else ''}{(x, y)[way]:.3g} from {low:.3g} to {high:.3g}"
+
+
+def _bars(group: BarContainer, rows: dict[int, str]) -> Iterator[str]:
+    part = "" if group.get_label().startswith("_") else f", {group.get_label()}"
+    if len(group) <= 12:
+        yield from (f"{rows.get(place, place)}{part}: {value:.3g}" for place, value in enumerate(group.datavalues))
+
+
+def _names(axis: Axis) -> dict[int, str]:
+    """The ticks of an axis that were given names, by their place."""
+    if not isinstance(axis.get_major_formatter(), (FixedFormatter, FuncFormatter, StrCategoryFormatter)):
+        return {}
+    return {
+        round(float(place)): text.get_text()
+        for place, text in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=False)
+    }

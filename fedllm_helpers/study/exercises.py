@@ -27,6 +27,7 @@ OVERLAPS = (
         ["An ear.", "What is.", "Of an ear: is it an ear?", "An abnormal lobe (of ears)."],
         3,
     ),
+    ("What is a Grey lens?", ["Crystalline opacities of unknown origin in many.", "Grey lens.", "Eyes.", "A lens."], 1),
 )
 
 

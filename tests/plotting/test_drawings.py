@@ -1,9 +1,16 @@
 """Drawings fit their canvas and say in words what they show; a figure of data is told by its numbers."""
 
+import base64
+import io
+
 import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.core.pylabtools import select_figure_formats
+from IPython.utils.capture import capture_output
+from PIL import Image
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -11,26 +18,51 @@ from matplotlib.colors import to_hex  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
 from fedllm_helpers import plotting  # noqa: E402
-from fedllm_helpers.plotting import showing  # noqa: E402
+from fedllm_helpers.plotting import deployment, privacy, sketch  # noqa: E402
 
 rng = np.random.default_rng(0)
-MOVES = {f"hospital {k}": rng.normal(size=50) + 1 for k in range(4)}
+MOVES = {f"hospital {k}": rng.normal(size=50) + 1 for k in range(6)}
+WEIGHTS = rng.normal(size=64).tolist()
+CARD = ["Question", ":", " What", " is", " Quad", "ruple", " gallop", " rhythm", "?", "\n", "Answer", ":"]
+ANSWER = [" A", " type", " of", " gallop", " rhythm", " in", " which", " both", " the", " third", ".", "<|im_end|>"]
+LEARNED = [False] * len(CARD) + [True] * len(ANSWER)
+
+
+def some(count):
+    return {name: MOVES[name] for name in list(MOVES)[:count]}
+
+
 DRAWINGS = {
     "two_questions": plotting.two_questions,
-    "next_token": lambda: plotting.next_token(["?", "\n", " Answer", ":"], [" Ab", "norm", "ally"], [0.1, 0.9, 1.0]),
+    "next_token": lambda: plotting.next_token(
+        ["?", "\n", "Answer", ":"], [" Ab", "norm", "ally", " short"], [1.7e-4, 0.0066, 0.68, 1.0]
+    ),
     "pooled_training": plotting.pooled_training,
     "lora_update": lambda: plotting.lora_update(576, 192, 16),
-    "levels": lambda: plotting.levels(rng.normal(size=64)),
-    "tokens": lambda: plotting.tokens([" What", "?", " A"], [False, False, True], "One card"),
+    "levels": lambda: plotting.levels(WEIGHTS),
+    "tokens": lambda: plotting.tokens(CARD + ANSWER, LEARNED, "One card: what is given, and what is learned"),
     "data_routes": plotting.data_routes,
     "federation": plotting.federation,
     "one_round": plotting.one_round,
     "wall": lambda: plotting.wall(120, 921_600, ("num-examples", "loss-before", "loss-after")),
     "flower_apps": plotting.flower_apps,
-    "moves": lambda: plotting.moves(MOVES),
+    "moves": lambda: plotting.moves(some(4)),
     "two_means": plotting.two_means,
     "cross_terms": plotting.cross_terms,
     "rules": plotting.rules,
+}
+VARIANTS = {  # other sizes that a reader may try
+    "next_token of one": lambda: plotting.next_token([":"], [" pseudohypoparathyroidism"], [1e-5]),
+    "pooled_training of 3": lambda: plotting.pooled_training(3),
+    "lora_update of 7B": lambda: plotting.lora_update(4096, 11_008, 128),
+    "levels of few": lambda: plotting.levels([1.0, -0.5]),
+    "federation of 4": lambda: plotting.federation(4),
+    "wall with one number": lambda: plotting.wall(2, 10, ("num-examples",)),
+    "flower_apps of 2": lambda: plotting.flower_apps(2),
+    "moves of 2": lambda: plotting.moves(some(2)),
+    "moves of 3": lambda: plotting.moves(some(3)),
+    "moves of 5": lambda: plotting.moves(some(5)),
+    "moves of 6": lambda: plotting.moves(some(6)),
 }
 
 
@@ -40,9 +72,9 @@ def closed():
     plt.close("all")
 
 
-@pytest.mark.parametrize("name", DRAWINGS)
-def test_every_text_of_a_drawing_is_on_its_canvas_and_none_lies_on_another(name):
-    figure = DRAWINGS[name]()
+@pytest.mark.parametrize("draw", [pytest.param(f, id=name) for name, f in (DRAWINGS | VARIANTS).items()])
+def test_every_text_of_a_drawing_is_on_its_canvas_and_none_lies_on_another(draw):
+    figure = draw()
     figure.draw_without_rendering()
     boxes = [text.get_window_extent() for axes in figure.axes for text in axes.texts if text.get_text()]
     assert boxes
@@ -54,10 +86,35 @@ def test_every_text_of_a_drawing_is_on_its_canvas_and_none_lies_on_another(name)
     assert plotting.describe(figure) == figure.get_label() and len(figure.get_label()) > 40
 
 
-def test_every_drawing_of_the_room_is_tried_here():
-    data = {"budgets", "by_round", "byte_sizes", "curves", "differences", "errors_by_layer", "frontier", "heat_maps"}
-    data |= {"intervals", "losses", "pairs"}
-    assert set(plotting.__all__) - {"show", "describe"} == set(DRAWINGS) | data
+SAYS = {  # what the words of a drawing name
+    "two_questions": ["the public web", "by heart", "hospitals keep"],
+    "next_token": ["·Ab 0.00017, norm 0.0066, ally 0.68, ·short 1", "\\n Answer"],
+    "pooled_training": ["6 organ systems", "frozen", "held out"],
+    "lora_update": ["W, 576 by 192", "B, 576 by 16", "A, 16 by 192", "12,288 numbers against 110,592"],
+    "levels": ["24 weights", "of the 16 are used"],
+    "tokens": ["One card", repr("".join(CARD)), repr("".join(ANSWER))],
+    "data_routes": ["the vendor's model", "a cloud's GPU", "a server that averages"],
+    "federation": ["6 hospitals", "No card crosses"],
+    "one_round": ["1  send", "2  train", "3  return", "4  average"],
+    "wall": ["120 arrays", "921,600 numbers", "num-examples, loss-before, loss-after"],
+    "flower_apps": ["ServerApp", "Grid", "3 ClientApps"],
+    "moves": ["hospital 0, hospital 1, hospital 2, hospital 3", "% as long"],
+    "two_means": ["multiply, then average", "average, then multiply"],
+    "cross_terms": ["B1 A1", "B2 A2", "B1 A2", "B2 A1"],
+    "rules": ["FedIT: up BA", "FFA-LoRA: up B, down B", "FedSA-LoRA: up A, down A"],
+}
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_the_words_of_a_drawing_name_what_is_drawn(name):
+    said = plotting.describe(DRAWINGS[name]())
+    assert [phrase for phrase in SAYS[name] if phrase not in said] == []
+
+
+def test_a_unit_of_a_drawing_is_an_inch():
+    figure, axes = sketch.canvas(7, 2.5, "words")
+    assert figure.get_size_inches().tolist() == [7, 2.5] and (axes.get_xlim(), axes.get_ylim()) == ((0, 7), (0, 2.5))
+    assert axes.get_window_extent().bounds == pytest.approx(figure.bbox.bounds)
 
 
 def test_the_average_of_orthogonal_moves_goes_as_far_as_geometry_says():
@@ -68,10 +125,12 @@ def test_the_average_of_orthogonal_moves_goes_as_far_as_geometry_says():
 
 
 def test_a_chance_stands_above_each_token_of_the_answer():
-    figure = DRAWINGS["next_token"]()
-    said = [text.get_text() for text in figure.axes[0].texts if text.get_text().startswith("p =")]
-    assert said == ["p = 0.1", "p = 0.9", "p = 1"]
-    assert "·Ab 0.1, norm 0.9, ally 1" in figure.get_label()
+    texts = DRAWINGS["next_token"]().axes[0].texts
+    said = [text.get_text() for text in texts if text.get_text().startswith("p =")]
+    assert said == ["p = 0.00017", "p = 0.0066", "p = 0.68", "p = 1"]
+    middles = [text.get_position()[0] for text in texts if text.get_fontfamily() == ["monospace"]]
+    arrows = [(arrow.xyann[0], arrow.xy[0]) for arrow in texts if getattr(arrow, "arrow_patch", None)]
+    assert arrows == [(middles[place - 1], middles[place]) for place in range(4, 8)], "each from the token before"
 
 
 def test_levels_join_each_weight_to_the_nearest_of_sixteen():
@@ -97,6 +156,9 @@ def test_budgets_draw_each_difference_with_its_interval():
         assert [float(group[0].get_xdata()[0]) for group in axes.containers] == [0.2 * sign, -0.1 * sign]
     ends = [group[2][0].get_segments()[0][:, 0].tolist() for group in figure.axes[0].containers]
     assert np.allclose(ends, table[["low", "high"]])
+    assert [text.get_text() for text in figure.axes[0].texts] == ["+0.20", "-0.10"]
+    colours = [to_hex(group[0].get_color()) for group in figure.axes[0].containers]
+    assert colours == [plotting.figures.ARMS[arm][0] for arm in table["arm"]]
     assert "one hospital: 0.2 from 0.1 to 0.3. pooled: -0.1 from -0.2 to 0" in plotting.describe(figure)
     assert plotting.describe(figure).count("one hospital") == 2, "the second panel has the names of the first"
 
@@ -114,25 +176,131 @@ def test_differences_are_white_at_zero_and_boxed_where_told():
     assert "a, ear: 0.4" in plotting.describe(figure)
 
 
-def test_data_are_told_by_their_numbers():
-    pairs = pd.DataFrame({"label": ["Hamlet"], "passage": [2.5], "paraphrase": [40.0]})
-    assert "passage: Hamlet 2.5. paraphrase: Hamlet 40" in plotting.describe(
-        plotting.pairs(pairs, "passage", "paraphrase", "x", "t")
-    )
-    assert "megabytes: one 1.5, two 27" in plotting.describe(
-        plotting.byte_sizes({"one": 1_500_000, "two": 27_000_000}, "t")
-    )
-    table = pd.DataFrame({"round": [0, 1], "nll": [3.0, 2.5]})
-    said = plotting.describe(plotting.by_round({"federated": table}, "nats", "title", {"pooled": 2.4}))
-    assert "title" in said and "y: nats" in said and "federated: (0, 3), (1, 2.5)" in said
-    long = pd.DataFrame({"step": range(1, 51), "loss": np.linspace(3, 2, 50)})
-    said = plotting.describe(plotting.losses({"pooled": long}, "t", window=1))
-    assert "pooled: (1, 3), (50, 2)" in said, "of many points the first and the last"
+ROWS = pd.DataFrame(
+    [("eye", "untuned", 3.1, 3.05, 3.3), ("ear", "pooled", 2.4, 2.2, 2.5)],
+    columns=["label", "arm", "value", "low", "high"],
+)
+BOTH = pd.concat([ROWS.assign(arm=arm, value=ROWS["value"] + 0.01 * k) for k, arm in enumerate(("untuned", "pooled"))])
+CELLS = pd.DataFrame([[1.0, 2.5], [4.0, -3.0]], index=["a", "b"], columns=["eye", "ear"])
+SENT = pd.DataFrame(
+    [("int8", 0.9, 0.001, -0.01, 0.012), ("top 1 %", 0.02, 0.3, 0.2, 0.4)],
+    columns=["label", "megabytes", "value", "low", "high"],
+)
+RANKS = pd.DataFrame({"rank": [1, 4, 1, 4], "mb": [1.0, 4.0, 2.0, 8.0], "model": ["small", "small", "large", "large"]})
+LAYERS = pd.DataFrame(
+    [
+        (partition, 1, f"model.layers.{block}.self_attn.q_proj", error + block)
+        for partition, error in (("by specialty", 0.25), ("IID", 0.75))
+        for block in range(3)
+    ],
+    columns=["partition", "round", "layer", "error"],
+)
+LOSSES = pd.DataFrame({"step": range(1, 51), "loss": np.linspace(3, 2, 50)})
+PAIRS = pd.DataFrame({"label": ["Hamlet"], "passage": [2.5], "paraphrase": [40.0]})
+ROUNDS = pd.DataFrame({"round": [0, 1], "nll": [3.0, 2.5]})
+PARTS = pd.DataFrame({"import": [5.0, 0.0], "train": [2.0, 4.0]}, index=["deployed", "in one process"])
 
 
-def test_a_shown_figure_carries_its_words_and_is_closed(monkeypatch):
-    figure = plotting.one_round()
-    shown = []
-    monkeypatch.setattr(showing, "display", lambda what, metadata: shown.append((what, metadata)))
-    plotting.show(figure)
-    assert shown == [(figure, {"image/png": {"alt": figure.get_label()}})] and not plt.fignum_exists(figure.number)
+TOLD = [  # what is drawn, and what its words hold
+    (
+        "intervals",
+        lambda: plotting.intervals(ROWS, "nats", "title"),
+        ["title, x: nats", "eye, untuned: 3.1 from 3.05 to 3.3"],
+    ),
+    ("pairs", lambda: plotting.pairs(PAIRS, "passage", "paraphrase", "x", "t"), ["passage: Hamlet 2.5", "Hamlet 40"]),
+    ("byte_sizes", lambda: plotting.byte_sizes({"one": 1_500_000, "two": 27_000_000}, "t"), ["one 1.5, two 27"]),
+    (
+        "by_round",
+        lambda: plotting.by_round({"federated": ROUNDS}, "nats", "title", {"pooled": 2.4}),
+        ["title", "y: nats", "federated: (0, 3), (1, 2.5)", "pooled: (0, 2.4)"],
+    ),
+    ("losses", lambda: plotting.losses({"pooled": LOSSES}, "t", window=1), ["pooled: (1, 3), (50, 2)."]),
+    (
+        "heat_maps",
+        lambda: plotting.heat_maps({"one": CELLS, "two": CELLS * 2}, "cards", "t"),
+        ["t. one. a, eye: 1. a, ear: 2.5. b, eye: 4. b, ear: -3", "two. a, eye: 2. a, ear: 5"],
+    ),
+    ("differences", lambda: plotting.differences(CELLS, {}, "nats", "t"), ["a, ear: 2.5", "b, ear: -3"]),
+    (
+        "budgets",
+        lambda: plotting.budgets({"work": ROWS, "examples": ROWS.assign(low=1)}, "nats", "t"),
+        ["work", "eye: 3.1 from 3.05 to 3.3", "examples", "eye: 3.1 from 1 to 3.3"],
+    ),
+    (
+        "bill",
+        lambda: privacy.bill(ROWS.assign(measure="bits"), {}, "t"),
+        ["x: bits. eye: 3.1 from 3.05 to 3.3. ear: 2.4 from 2.2 to 2.5"],
+    ),
+    (
+        "errors_by_layer",
+        lambda: plotting.errors_by_layer(LAYERS, "t"),
+        ["by specialty", "q_proj, round 1: (0, 0.25), (1, 1.25), (2, 2.25)", "IID", "(0, 0.75), (1, 1.75), (2, 2.75)"],
+    ),
+    (
+        "frontier",
+        lambda: plotting.frontier(SENT, "MB", "nats", "t", 0.02),
+        ["int8", "0.9", "0.001", "-0.01", "0.012", "top 1 %", "0.02", "0.3", "0.2", "0.4"],
+    ),
+    (
+        "curves",
+        lambda: plotting.curves(RANKS, "rank", "mb", "model", xlabel="x", ylabel="y", title="t"),
+        ["small: (1, 1), (4, 4)", "large: (1, 2), (4, 8)"],
+    ),
+    (
+        "roc",
+        lambda: privacy.roc({"pooled": (np.array([0, 0.1, 1]), np.array([0, 0.4, 1]))}, "t"),
+        ["pooled: (0, 0), (0.1, 0.4), (1, 1)"],
+    ),
+    (
+        "heat_maps",
+        lambda: plotting.heat_maps({"one": CELLS.set_axis([0, 1])}, "cards", "t"),
+        ["eye: 1", "ear: 2.5", "eye: 4", "ear: -3"],
+    ),
+    (
+        "intervals",
+        lambda: plotting.intervals(BOTH, "nats", "t"),
+        ["untuned", "pooled", "eye", "3.1 ", "3.11 "],
+    ),
+    (
+        "intervals",
+        lambda: plotting.intervals(ROWS, "nats", "t", {"chance": 1.5}),
+        ["chance", "1.5"],
+    ),
+    (
+        "stacked",
+        lambda: deployment.stacked(PARTS, "seconds", "t"),
+        ["import", "train", "deployed", "5", "2", "in one process", "4"],
+    ),
+]
+
+
+NAMES = [one[0] for one in TOLD]
+
+
+@pytest.mark.parametrize(("name", "draw", "phrases"), TOLD, ids=NAMES)
+def test_data_are_told_by_their_names_and_numbers(name, draw, phrases):
+    said = plotting.describe(draw())
+    assert [phrase for phrase in phrases if phrase not in said] == [], said
+    assert "_nolegend_" not in said and "mathdefault" not in said, said
+
+
+def test_every_figure_and_drawing_of_the_room_is_tried_here():
+    assert set(plotting.__all__) - {"show", "describe"} <= set(DRAWINGS) | set(NAMES) and set(SAYS) == set(DRAWINGS)
+
+
+@pytest.mark.parametrize("draw", [plotting.one_round, TOLD[0][1]], ids=["a drawing", "data"])
+def test_a_shown_figure_is_a_picture_with_its_words_and_is_closed(draw):
+    """As a kernel does it; the shell is taken away again."""
+    figure = draw()
+    words, size = plotting.describe(figure), figure.get_size_inches()
+    select_figure_formats(InteractiveShell.instance(), {"png"})
+    try:
+        with capture_output() as shown:
+            plotting.show(figure)
+    finally:
+        InteractiveShell.clear_instance()
+    (output,) = shown.outputs
+    assert output.metadata == {"image/png": {"alt": words}} and len(words) > 40
+    picture = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
+    assert picture.format == "PNG" and picture.width / picture.height == pytest.approx(size[0] / size[1], rel=0.2)
+    assert not plt.fignum_exists(figure.number)

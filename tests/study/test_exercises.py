@@ -63,12 +63,21 @@ class Lighter(Momentum):
     factor = 0.4
 
 
+class Silent(FedAvg):
+    """Forgets to give its average back."""
+
+    def aggregate_train(self, server_round, replies):
+        super().aggregate_train(server_round, replies)
+        return None, None
+
+
 @pytest.mark.parametrize(
     ("strategy", "says"),
     [
         (Momentum, "right"),
         (FedAvg, "after 2 rounds of two clients the average is another"),
         (Lighter, "after 2 rounds"),
+        (lambda **given: Silent(**given), "after 1 rounds there are no arrays"),
         (lambda **given: FedAvgM(server_learning_rate=0.5, server_momentum=0.5, **given), "after 1 rounds"),
     ],
 )
@@ -98,6 +107,18 @@ def test_the_rule_that_counts_shared_words(rule, says):
     assert says in exercises.word_overlap(rule)
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda question, options: max(range(len(options)), key=lambda place: len(options[place])),
+        partial(overlap, find=r"\w{5,}"),
+    ],
+    ids=["the longest option", "words of five letters or more"],
+)
+def test_another_rule_is_not_taken_for_the_one_that_counts_shared_words(rule):
+    assert "not yet" in exercises.word_overlap(rule)
+
+
 class Quorum(FedAvg):
     """The solution of notebook 03."""
 
@@ -120,12 +141,36 @@ class Everybody(Quorum):
     least = 1.0
 
 
+class NoAnswer(Quorum):
+    """Another right one: without an answer Flower itself goes on with the old adapter."""
+
+    def aggregate_train(self, server_round, replies):
+        replies = list(replies)
+        there = sum(not reply.has_error() for reply in replies)
+        return FedAvg.aggregate_train(self, server_round, replies) if 2 * there >= self.asked else (None, None)
+
+
+class Beginning(Quorum):
+    """Goes back to the adapter of the first round, not of the one before."""
+
+    first = None
+
+    def configure_train(self, server_round, arrays, config, grid):
+        self.first = self.first or arrays
+        messages = super().configure_train(server_round, arrays, config, grid)
+        self.before = self.first
+        return messages
+
+
 @pytest.mark.parametrize(
     ("strategy", "says"),
     [
         (Quorum, "right"),
         (FedAvg, "after round 2, in which 2 of 3 clients failed"),
         (Everybody, "after round 3, in which 1 of 3 clients failed"),
+        (NoAnswer, "right"),
+        (Beginning, "after round 2, in which 2 of 3 clients failed"),
+        (Silent, "after 1 rounds there are no arrays"),
     ],
 )
 def test_a_round_needs_half_of_its_clients(strategy, says):
@@ -144,14 +189,26 @@ class FFA(FedAvg):
         return super().configure_train(server_round, to_record(moving), config, grid)
 
     def aggregate_train(self, server_round, replies):
+        replies = list(replies)
         arrays, metrics = super().aggregate_train(server_round, replies)
         if self.slip == "lost":
             return arrays, metrics
+        if self.slip == "unweighted":
+            sent = [from_record(reply.content["arrays"]) for reply in replies]
+            arrays = to_record({key: np.mean([one[key] for one in sent], axis=0) for key in sent[0]})
         grown = {key: value * (2 if self.slip == "moved" else 1) for key, value in self.resting.items()}
         return to_record(grown | from_record(arrays)), metrics
 
 
-@pytest.mark.parametrize(("slip", "says"), [("", "right"), ("lost", "has layer.lora_B"), ("moved", "A has changed")])
+@pytest.mark.parametrize(
+    ("slip", "says"),
+    [
+        ("", "right"),
+        ("lost", "has layer.lora_B"),
+        ("moved", "A has changed"),
+        ("unweighted", "B is not the mean of two rounds, weighted by the examples"),
+    ],
+)
 def test_ffa_lora_at_the_server(slip, says):
     assert says in exercises.ffa_lora(lambda: type("Slip", (FFA,), {"slip": slip})(fraction_evaluate=0.0))
     assert exercises.ffa_lora(lambda: FedAvg(fraction_evaluate=0.0)) == "not yet: A is sent"
@@ -170,6 +227,11 @@ def worst(honest):
         (lambda honest: -10 * honest[:2], "would be seen"),
         (lambda honest: honest[:2], "100% are left"),
         (lambda honest: worst(honest)[0], "the shape (2, 2000), yours (2000,)"),
+        (lambda honest: None, "the shape (2, 2000), yours ()"),
+        (lambda honest: np.stack([honest.min(axis=0) - 0.001] * 2), "would be seen"),
+        (lambda honest: np.stack([honest.max(axis=0) + 0.001] * 2), "would be seen"),
+        (lambda honest: np.nan * honest[:2], "would be seen"),
+        (lambda honest: np.stack([honest.min(axis=0), honest.max(axis=0)]), "are left; get below half"),
     ],
 )
 def test_two_of_six_beat_the_median_without_standing_out(attack, says):
