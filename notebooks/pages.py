@@ -16,14 +16,15 @@ def page(notebook: nbformat.NotebookNode) -> str:
     """The notebook as HTML, without scripts and without anything that a browser would fetch before it is asked to."""
     notebook = copy.deepcopy(notebook)
     for cell in (cell for cell in notebook.cells if cell.cell_type == "markdown"):
-        cell.source = cell.source.replace(r"\$", DOLLAR)
+        cell.source = re.sub(r"(?<!\\)\\\$", DOLLAR, cell.source)
     soup = BeautifulSoup(HTMLExporter().from_notebook_node(notebook)[0], "html.parser")
     for other in soup.find_all(["script", "iframe", "link", "object", "embed"]):
         other.decompose()
     for picture in soup.find_all("img"):
         if not picture.get("src", "").startswith("data:"):
             picture.replace_with(picture.get("alt", ""))  # a badge
-    for picture, text in zip(soup.select(".jp-RenderedImage img"), alternatives(notebook), strict=True):
+    pictures = soup.select('.jp-RenderedImage img[src^="data:image/png"]')
+    for picture, text in zip(pictures, alternatives(notebook), strict=False):
         picture["alt"] = text
     for text in soup.select(".jp-RenderedMarkdown"):
         for node in text.find_all(string=FORMULA):

@@ -169,7 +169,9 @@ def made(source, *outputs):
         more = {} if alt is None else {"image/png": {"alt": alt}}
         code.outputs.append(nbformat.v4.new_output("display_data", data, metadata=more))
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(source), code])
-    return BeautifulSoup(pages().page(book), "html.parser")
+    soup = BeautifulSoup(pages().page(book), "html.parser")
+    assert book.cells[0].source == source and book.cells[1] == code, "the notebook itself stays as it was"
+    return soup
 
 
 def test_a_page_has_formulas_and_the_words_of_pictures_and_loads_nothing():
@@ -193,8 +195,13 @@ def test_what_a_page_would_load_is_found():
     assert loaded(BeautifulSoup(kept, "html.parser")) == []
 
 
+def test_a_line_break_of_a_formula_before_its_end_is_no_price():
+    assert len(made("$$\na \\\\$$ and $b$, for \\$5").find_all("math")) == 2
+
+
 def test_a_dollar_behind_a_backslash_is_no_formula():
-    soup = made(r"Between \$5 and \$6, with $x$.")
+    soup = made(r"Between \$5 and \$6, with $x$; but `\$HOME` in code.")
+    assert soup.find("code").text == r"\$HOME"
     assert "Between $5 and $6, with" in prose(soup) and [one.get_text() for one in soup.find_all("math")] == ["x"]
 
 

@@ -267,6 +267,18 @@ TOLD = [  # what is drawn, and what its words hold
         ["chance", "1.5"],
     ),
     (
+        "curves",
+        lambda: plotting.curves(
+            RANKS, "rank", "mb", "model", xlabel="x", ylabel="y", title="t", references={"a day": 5.5}
+        ),
+        ["large: (1, 2), (4, 8)", "a day", "5.5"],
+    ),
+    (
+        "bill",
+        lambda: privacy.bill(ROWS.assign(measure="bits"), {"bits": {"chance": 1.5}}, "t"),
+        ["x: bits", "chance", "1.5"],
+    ),
+    (
         "stacked",
         lambda: deployment.stacked(PARTS, "seconds", "t"),
         ["import", "train", "deployed", "5", "2", "in one process", "4"],
