@@ -9,6 +9,7 @@ from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 
 DOLLAR = "\ue000"  # stands for a dollar that opens no formula, while formulas are looked for
+FOREIGN = re.compile(r"@import|url\(\s*(?!['\"]?(?:data:|#))")  # in a style: what a browser would fetch
 FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|(?<![\\$])\$(?P<line>[^$\n]+?)\$(?!\d)", re.DOTALL)
 
 
@@ -20,9 +21,12 @@ def page(notebook: nbformat.NotebookNode) -> str:
     soup = BeautifulSoup(HTMLExporter().from_notebook_node(notebook)[0], "html.parser")
     for other in soup.find_all(["script", "iframe", "link", "object", "embed"]):
         other.decompose()
-    for picture in soup.find_all("img"):
-        if not picture.get("src", "").startswith("data:"):
-            picture.replace_with(picture.get("alt", ""))  # a badge
+    for style in soup.select(".jp-OutputArea style"):
+        if FOREIGN.search(style.text):
+            style.decompose()
+    for other in soup.find_all(src=True):
+        if not other["src"].startswith("data:"):
+            other.replace_with(other.get("alt", ""))  # a badge
     pictures = soup.select('.jp-RenderedImage img[src^="data:image/png"]')
     for picture, text in zip(pictures, alternatives(notebook), strict=False):
         picture["alt"] = text

@@ -219,7 +219,15 @@ def test_a_picture_keeps_its_words_beside_other_outputs(other):
 
 
 @pytest.mark.parametrize(
-    "tag", ['<img src="//a/x.png">', '<iframe src="https://a"></iframe>', '<link href="https://a">']
+    "tag",
+    [
+        '<img src="//a/x.png">',
+        '<iframe src="https://a"></iframe>',
+        '<link href="https://a">',
+        '<video><source src="https://a/v.mp4"></video>',
+        '<input type="image" src="x.png">',
+        "<style>@import 'https://a'; b {c: url(https://a/f)}</style>",
+    ],
 )
 def test_html_that_a_cell_put_out_loads_nothing(tag):
     assert loaded(made("Text.", ({"text/html": tag}, None))) == []
@@ -229,7 +237,7 @@ def test_html_that_a_cell_put_out_loads_nothing(tag):
 def test_the_page_of_a_notebook_is_whole_without_a_network(path):
     book = nbformat.read(path, as_version=4)
     soup = BeautifulSoup(pages().page(book), "html.parser")
-    assert loaded(soup) == []
+    assert loaded(soup) == [] and "--jp-" in soup.find("style").text, "and it keeps its looks"
     texts = pages().alternatives(book)
     assert [picture["alt"] for picture in soup.select(".jp-OutputArea img")] == texts
     assert all(len(text) > 40 for text in texts)

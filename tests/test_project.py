@@ -148,7 +148,8 @@ def test_readmes_figure_shows_what_its_text_says(tmp_path):
     said = re.search(r"!\[(.+)\]\(docs/results\.png\)", (ROOT / "README.md").read_text())[1].split(". ")[1:]
     for budget in dict.fromkeys(shown["budget"].values()):
         rows = [row for row in shown["budget"] if shown["budget"][row] == budget]
-        drawn = ", ".join(f"{shown['label'][row]} {shown['value'][row]:.2f}" for row in rows)
+        show = "{label} {value:.2f} [{low:.2f}, {high:.2f}]".format_map
+        drawn = ", ".join(show({name: column[row] for name, column in shown.items()}) for row in rows)
         assert said.pop(0).replace("The", "the", 1) == f"{budget}: {drawn}" and len(rows) == 3
     assert not said
     assert (tmp_path / "results.png").stat().st_size > 5000

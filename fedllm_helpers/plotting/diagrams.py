@@ -70,6 +70,7 @@ def tokens(pieces: Sequence[str], learned: Sequence[bool], title: str, width: in
     rows: list[list[tuple[str, bool]]] = [[]]
     for piece, counts in zip(pieces, learned, strict=True):
         text = repr(piece)[1:-1].replace(" ", "·")
+        text = text if len(text) < width - 1 else f"{text[: width - 3]}…"
         if sum(len(one) + 1 for one, _ in rows[-1]) + len(text) + 1 > width:
             rows.append([])
         rows[-1].append((text, counts))

@@ -38,8 +38,9 @@ def federation(hospitals: int = 6) -> Figure:
     step = 9 / hospitals
     for place in range(hospitals):
         x = step * place + step / 2
-        box(axes, x - 0.6, 0.15, 1.2, 0.75, "cards stay\nadapter trains", sketch.HOSPITAL, f"hospital {place}")
-        axes.plot([x - 0.65, x + 0.65], [1.03, 1.03], color=sketch.INK, lw=3)
+        half = min(0.6, step / 2 - 0.06)
+        box(axes, x - half, 0.15, 2 * half, 0.75, "cards stay\nadapter trains", sketch.HOSPITAL, f"hospital {place}")
+        axes.plot([x - half - 0.05, x + half + 0.05], [1.03, 1.03], color=sketch.INK, lw=3)
         top = 4.5 + (x - 4.5) * 0.28
         arrow(axes, (top - 0.06, 1.9), (x - 0.12, 1.1), sketch.DOWN)
         arrow(axes, (x + 0.12, 1.1), (top + 0.06, 1.9), sketch.UP)
@@ -141,20 +142,22 @@ def moves(steps: Mapping[str, np.ndarray]) -> Figure:
     """
     whole = np.stack(list(steps.values())).astype(float)
     mean, size = whole.mean(axis=0), np.linalg.norm(whole, axis=1).mean()
-    along, share = whole @ mean / np.linalg.norm(mean) / size, np.linalg.norm(mean) / size
+    along, share = whole @ mean / max(np.linalg.norm(mean), 1e-12) / size, np.linalg.norm(mean) / size
     alt = (
         f"Arrows from one start: {', '.join(steps)}. They point to different sides; their average points between them "
     )
     figure, axes = sketch.canvas(9, 2.5, f"{alt}and is {share:.0%} as long as one of them is on average.")
-    start, places = (1.0, 1.3), np.linspace(2.25, 0.35, len(steps) + 1 + len(steps) % 2)
+    left, right = min(0.0, along.min()), max(1.0, along.max())
+    unit = 6.0 / (right - left)
+    start, places = (1.0 - left * unit, 1.3), np.linspace(2.25, 0.35, len(steps) + 1 + len(steps) % 2)
     heights = [place for place in places if abs(place - 1.3) > 1e-6][: len(steps)]  # the average lies in the middle
-    for name, x, y in zip(steps, along * 6.0, heights, strict=True):
+    for name, x, y in zip(steps, along * unit, heights, strict=True):
         arrow(axes, start, (start[0] + x, y), "#e08214")
-        note(axes, start[0] + x + 0.08, y, name, "#e08214", side="left")
-    arrow(axes, start, (start[0] + share * 6.0, 1.3), sketch.UP)
-    note(axes, start[0] + share * 6.0 + 0.08, 1.3, f"their average: {share:.0%} of the way", sketch.UP, side="left")
+        note(axes, start[0] + x + (0.08 if x >= 0 else -0.08), y, name, "#e08214", side="left" if x >= 0 else "right")
+    arrow(axes, start, (start[0] + share * unit, 1.3), sketch.UP)
+    note(axes, start[0] + share * unit + 0.08, 1.3, f"average: {share:.0%}", sketch.UP, side="left")
     axes.plot(*start, "o", color=sketch.INK, markersize=6)
-    note(axes, 0.9, 1.3, "the start", side="right")
-    axes.plot([7.0, 7.0], [0.3, 2.3], color=sketch.INK, lw=1, linestyle="--")
-    note(axes, 7.1, 0.35, "the whole length\nof a hospital's move", side="left", size=8)
+    note(axes, 0.9, 1.3, "the start", side="right") if left == 0 else note(axes, start[0], 1.12, "the start")
+    axes.plot([start[0] + unit] * 2, [0.3, 2.3], color=sketch.INK, lw=1, linestyle="--")
+    note(axes, start[0] + unit + 0.1, 0.38, "the whole length\nof a hospital's move", side="left", size=8)
     return figure

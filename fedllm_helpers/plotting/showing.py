@@ -40,17 +40,20 @@ def _marks(axes: Axes) -> Iterator[str]:
     rows, columns = next(filter(None, beside), {}), _names(axes.xaxis)
     for image in axes.images:
         cells = np.asarray(image.get_array())
-        yield from (f"{rows[y]}, {columns[x]}: {value:.3g}" for (y, x), value in np.ndenumerate(cells) if y in rows)
+        yield from (f"{rows[y]}, {columns[x]}: {_said(value)}" for (y, x), value in np.ndenumerate(cells) if y in rows)
     for group in axes.containers:
         yield from _points(group, rows) if isinstance(group, ErrorbarContainer) else _bars(group, rows)
     drawn = [group[0] for group in axes.containers if isinstance(group, ErrorbarContainer)]
     for line in axes.lines:
         points = [(float(x), float(y)) for x, y in zip(*line.get_data(), strict=True)]
         if line.get_gid():  # a reference across the panel
-            yield f"dashed at {points[0][0] if points[0][0] == points[-1][0] else points[0][1]:.3g}: {line.get_gid()}"
+            (x, y), (last, _) = points[0], points[-1]
+            yield f"dashed at {_said(x if x == last else y)}: {line.get_gid()}"
         elif line not in drawn and not line.get_label().startswith("_"):
             shown = points if len(points) <= 12 else [points[0], points[-1]]
-            told = [f"{rows[round(y)]} {x:.3g}" if round(y) in rows else f"({x:.3g}, {y:.3g})" for x, y in shown]
+            told = [
+                f"{rows[round(y)]} {_said(x)}" if round(y) in rows else f"({_said(x)}, {_said(y)})" for x, y in shown
+            ]
             yield f"{line.get_label()}: {', '.join(told)}"
 
 
@@ -62,13 +65,14 @@ def _points(group: ErrorbarContainer, rows: dict[int, str]) -> Iterator[str]:
     for x, y, (low, high) in zip(*line.get_data(), ends, strict=True):
         row = "" if way else rows.get(round(float(y)), "")
         names = ", ".join(dict.fromkeys(name for name in (row, arm) if name and not str(name).startswith("_")))
-        yield f"{names}: {f'at {x:.3g}, ' if way else ''}{(x, y)[way]:.3g} from {low:.3g} to {high:.3g}"
+        yield f"{names}: {f'at {_said(x)}, ' if way else ''}{_said((x, y)[way])} from {_said(low)} to {_said(high)}"
 
 
 def _bars(group: BarContainer, rows: dict[int, str]) -> Iterator[str]:
     part = "" if group.get_label().startswith("_") else f", {group.get_label()}"
     if len(group) <= 12:
-        yield from (f"{rows.get(place, place)}{part}: {value:.3g}" for place, value in enumerate(group.datavalues))
+        for place, value in enumerate(group.datavalues):
+            yield f"{rows.get(place, place)}{part}: {_said(value)}"
 
 
 def _names(axis: Axis) -> dict[int, str]:
@@ -79,3 +83,8 @@ def _names(axis: Axis) -> dict[int, str]:
         round(float(place)): text.get_text()
         for place, text in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=False)
     }
+
+
+def _said(value: float) -> str:
+    """A number with three digits, or all that stand before its point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

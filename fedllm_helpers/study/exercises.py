@@ -28,6 +28,9 @@ OVERLAPS = (
         3,
     ),
     ("What is a Grey lens?", ["Crystalline opacities of unknown origin in many.", "Grey lens.", "Eyes.", "A lens."], 1),
+    ("What is Ring finger?", ["Bringing up a fingering.", "The finger.", "Hands.", "Toes."], 1),
+    ("What is Deep pain?", ["Pain, pain, pain.", "Deep pain in a joint.", "Aches.", "None."], 1),
+    ("What is Red eye of a dog?", ["A red eye of a dog.", "Whatever.", "What else.", "A dog."], 2),
 )
 
 
