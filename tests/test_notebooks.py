@@ -249,16 +249,7 @@ def test_the_page_of_a_notebook_is_whole_without_a_network(path):
     assert "$" not in prose(soup), "a formula is left as it was typed"
 
 
-STALE = {  # the words of some of their pictures were stored before axes with powers of ten were told right
-    "05_federated_privacy",
-    "07_analysis",
-}
-
-
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, id=p.stem, marks=[pytest.mark.xfail(strict=True)] if p.stem in STALE else []) for p in NOTEBOOKS],
-)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_stored_words_of_pictures_are_words(path):
     texts = pages().alternatives(nbformat.read(path, as_version=4))
     assert [text for text in texts if re.search(r"_nolegend_|_child|mathdefault|\\frac", text)] == []

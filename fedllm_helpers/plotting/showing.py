@@ -36,13 +36,14 @@ def describe(figure: Figure) -> str:
 
 def _marks(axes: Axes) -> Iterator[str]:
     """What is drawn: points with intervals, bars, cells and lines, by the names of the ticks where these have names."""
-    beside = [_names(one.yaxis) for one in (axes, *axes.get_shared_y_axes().get_siblings(axes))]
-    rows, columns = next(filter(None, beside), {}), _names(axes.xaxis)
+    rows, columns = _names(axes.yaxis), _names(axes.xaxis)
     for image in axes.images:
         cells = np.asarray(image.get_array())
         yield from (f"{rows[y]}, {columns[x]}: {_said(value)}" for (y, x), value in np.ndenumerate(cells) if y in rows)
+    legends = [one for one in (axes.get_legend(), *axes.get_figure().legends) if one]
+    shown = {text.get_text() for one in legends for text in one.get_texts()}
     for group in axes.containers:
-        yield from _points(group, rows) if isinstance(group, ErrorbarContainer) else _bars(group, rows)
+        yield from _points(group, rows, shown) if isinstance(group, ErrorbarContainer) else _bars(group, rows)
     drawn = [group[0] for group in axes.containers if isinstance(group, ErrorbarContainer)]
     for line in axes.lines:
         points = [(float(x), float(y)) for x, y in zip(*line.get_data(), strict=True)]
@@ -57,14 +58,14 @@ def _marks(axes: Axes) -> Iterator[str]:
             yield f"{line.get_label()}: {', '.join(told)}"
 
 
-def _points(group: ErrorbarContainer, rows: dict[int, str]) -> Iterator[str]:
-    """Each with its interval; one up and down is told by its height, beside its place."""
+def _points(group: ErrorbarContainer, rows: dict[int, str], shown: set[str]) -> Iterator[str]:
+    """Each with its interval; one up and down is told by its height, beside its place. Of a legend, what it shows."""
     line, _, bars = group
     way, arm = int(group.has_yerr), group.get_label()
     ends = [segment[:, way] for bar in bars for segment in bar.get_segments()]
     for x, y, (low, high) in zip(*line.get_data(), ends, strict=True):
         row = "" if way else rows.get(round(float(y)), "")
-        names = ", ".join(dict.fromkeys(name for name in (row, arm) if name and not str(name).startswith("_")))
+        names = ", ".join(dict.fromkeys(name for name in (row, arm if arm in shown or not row else "") if name))
         yield f"{names}: {f'at {_said(x)}, ' if way else ''}{_said((x, y)[way])} from {_said(low)} to {_said(high)}"
 
 
@@ -76,13 +77,11 @@ def _bars(group: BarContainer, rows: dict[int, str]) -> Iterator[str]:
 
 
 def _names(axis: Axis) -> dict[int, str]:
-    """The ticks of an axis that were given names, by their place."""
-    if not isinstance(axis.get_major_formatter(), (FixedFormatter, FuncFormatter, StrCategoryFormatter)):
+    """The ticks of an axis that were given names, by their place; an inner panel hides those that it shares."""
+    names, places = axis.get_major_formatter(), axis.get_ticklocs()
+    if not isinstance(names, (FixedFormatter, FuncFormatter, StrCategoryFormatter)):
         return {}
-    return {
-        round(float(place)): text.get_text()
-        for place, text in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=False)
-    }
+    return {round(float(place)): name for place, name in zip(places, names.format_ticks(places), strict=True)}
 
 
 def _said(value: float) -> str:

@@ -181,6 +181,23 @@ def test_differences_are_white_at_zero_and_boxed_where_told():
     assert "a, ear: 0.4" in plotting.describe(figure)
 
 
+def test_an_arm_is_told_where_a_legend_shows_it():
+    """One arm alone has no legend, and its colour may be borrowed for rows with other names."""
+    one = pd.DataFrame({"label": ["a", "b"], "arm": "pooled", "value": 2.0, "low": 1.0, "high": 3.0})
+    said = plotting.describe(plotting.intervals(one, "nats", "title"))
+    assert said == "title, x: nats. a: 2 from 1 to 3. b: 2 from 1 to 3."
+    two = plotting.describe(plotting.intervals(pd.concat([one, one.assign(arm="untuned")]), "nats", "title"))
+    assert "a, pooled: 2 from 1 to 3" in two and "b, untuned: 2 from 1 to 3" in two
+
+
+@pytest.mark.parametrize("panels", [1, 2, 4])
+def test_cells_are_told_by_names_that_inner_panels_hide(panels):
+    table = pd.DataFrame([[1, 2], [3, 4]], index=["a", "b"], columns=["eye", "ear"])
+    said = plotting.describe(plotting.heat_maps({f"way {n}": table for n in range(panels)}, "cards", "title"))
+    cells = "a, eye: 1. a, ear: 2. b, eye: 3. b, ear: 4"
+    assert said == "title. " + ". ".join(f"way {n}. {cells}" for n in range(panels)) + ". y: cards."
+
+
 ROWS = pd.DataFrame(
     [("eye", "untuned", 3.1, 3.05, 3.3), ("ear", "pooled", 2.4, 2.2, 2.5)],
     columns=["label", "arm", "value", "low", "high"],
