@@ -1,4 +1,4 @@
-"""Federations of the seven rules on adapters of two small layers: no language model."""
+"""Federations of the rules on adapters of two small layers: no language model."""
 
 import numpy as np
 import tiny
@@ -17,7 +17,9 @@ LORA = ["model.lora.peft_lora_r=4", "model.lora.peft_lora_alpha=12"]
 
 
 def first(cfg=None):
-    """A start as PEFT makes it: A random, B zero."""
+    """A start as PEFT makes it: A random, B zero; for LoRA-XS cores of zeros."""
+    if cfg is not None and cfg.model.lora.core:
+        return {f"{layer}.lora_B.core.weight": np.zeros((RANK, RANK), np.float32) for layer in SHAPES}
     rng, made = np.random.default_rng(0), {}
     for layer, (outputs, inputs) in SHAPES.items():
         made[f"{layer}.lora_A.weight"] = rng.normal(size=(RANK, inputs)).astype(np.float32)
@@ -67,4 +69,4 @@ def federate(cfg, app=None, grid=in_process.InProcessGrid, **options):
     """(adapter, tables, edits of the base model)."""
     chain = compose(cfg)
     with grid(app or client(), cfg.federation.num_clients, {"config": OmegaConf.to_yaml(cfg)}) as nodes:
-        return *server_app.federate(nodes, cfg, first(), server_app.Options(**options), chain=chain), chain.rule.base
+        return *server_app.federate(nodes, cfg, first(cfg), server_app.Options(**options), chain=chain), chain.rule.base

@@ -14,6 +14,7 @@ NAMES = {
     "FedIT": "fedit",
     "FedSALoRA": "fedsa",
     "FlexLoRA": "flexlora",
+    "LoRAXS": "loraxs",
     "RoLoRA": "rolora",
     "weighted_mean": "strategies",
 }

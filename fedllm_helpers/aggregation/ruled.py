@@ -168,10 +168,14 @@ class Rule(Wrapper):
         """The server's adapter with what the wrapped strategy makes of the factors that were sent.
 
         Raises:
-            ValueError: the clients' apps lack :func:`rules.mod`: none follows the orders.
+            ValueError: the clients' apps lack :func:`rules.mod`: none follows the orders; or they send something else.
         """
         arrays, metrics = super().aggregate_train(server_round, self.followed(server_round, replies))
-        return None if arrays is None else to_record({**self.adapter, **from_record(arrays)}), metrics
+        if arrays is None:
+            return None, metrics
+        if other := sorted(set(arrays) - set(self.adapter)):
+            raise ValueError(f"{self.name}: clients send {other[0]!r}, which the server's adapter has not")
+        return to_record({**self.adapter, **from_record(arrays)}), metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """What the wrapped strategy makes of the replies; who sent one has the edits that went out with the request."""

@@ -88,6 +88,8 @@ def _settle(config: DictConfig, said: set[str]) -> None:
         except ValueError as error:
             raise ValueError(f"{where}{error}") from None
         training_arguments.check(arguments, section)
+    if config.federation.aggregation == "LoRA-XS":  # the rule for what such a model trains
+        config.model.lora.core = True
 
 
 def checked(cfg: DictConfig) -> DictConfig:

@@ -197,6 +197,8 @@ def _check_rule(cfg: DictConfig) -> None:
     rule, where = how.aggregation, f"federation.aggregation={how.aggregation}"
     if how.ranks is not None:
         _check_ranks(cfg)
+    if cfg.model.lora.core and rule != "LoRA-XS":
+        raise ValueError(f"model.lora.core=true beside {where}: set federation.aggregation=LoRA-XS")
     if rule in EDITING and cfg.model.quantization is not None:
         bits = f"model.quantization={cfg.model.quantization}"
         raise ValueError(f"{where}: it edits the base model, and {bits} cannot hold an edit; set that to null")

@@ -10,7 +10,8 @@ NUMBER_FORMATS = ("fp32", "fp16", "int8", "int4")
 AVERAGING = ("FedAvg", "FedAvgM", "FedProx", "FedAdagrad", "FedAdam", "FedYogi")
 STRATEGIES = (*AVERAGING, "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan", "QFedAvg")
 HIGHEST_RATE = 10  # Adam moves each weight by about the rate in a step: above it nothing is learned
-RULES = ("FedIT", "FFA-LoRA", "RoLoRA", "FLoRA", "FedEx-LoRA", "FlexLoRA", "FedSA-LoRA")  # of combining LoRA factors
+# of combining LoRA factors, and of r × r cores between frozen ones
+RULES = ("FedIT", "FFA-LoRA", "RoLoRA", "FLoRA", "FedEx-LoRA", "FlexLoRA", "FedSA-LoRA", "LoRA-XS")
 EDITING, MIXED = ("FLoRA", "FedEx-LoRA"), ("FLoRA", "FlexLoRA")  # rules that edit the base; rules for mixed ranks
 BY_PRODUCT = ("FLoRA", "FedEx-LoRA", "FlexLoRA")
 
@@ -48,6 +49,9 @@ class Lora:
     lora_dropout: float = _setting(0.0, "share of the adapter's inputs dropped while training", low=0, high=0.99)
     target_modules: list[str] | None = _setting(
         None, "layers with an adapter; null: the family's attention projections"
+    )
+    core: bool = _setting(
+        False, "train an r × r core between the weights' own singular vectors; set by federation.aggregation=LoRA-XS"
     )
 
 

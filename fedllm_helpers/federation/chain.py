@@ -17,6 +17,7 @@ from fedllm_helpers.aggregation.fedsa import FedSALoRA
 from fedllm_helpers.aggregation.ffa import FFALoRA
 from fedllm_helpers.aggregation.flexlora import FlexLoRA
 from fedllm_helpers.aggregation.flora import FLoRA
+from fedllm_helpers.aggregation.loraxs import LoRAXS
 from fedllm_helpers.aggregation.rolora import RoLoRA
 from fedllm_helpers.aggregation.ruled import Rule
 from fedllm_helpers.aggregation.strategies import Careful, Enough
@@ -28,7 +29,7 @@ from fedllm_helpers.privacy import noise
 from fedllm_helpers.privacy.masked import Masked
 from fedllm_helpers.privacy.noised import Noised
 
-RULES = {rule.name: rule for rule in (FedIT, FFALoRA, RoLoRA, FLoRA, FedExLoRA, FlexLoRA, FedSALoRA)}
+RULES = {rule.name: rule for rule in (FedIT, FFALoRA, RoLoRA, FLoRA, FedExLoRA, FlexLoRA, FedSALoRA, LoRAXS)}
 
 
 @dataclass

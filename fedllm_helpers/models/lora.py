@@ -1,4 +1,4 @@
-"""The base model and its LoRA adapter: loading, counting, and the adapter in and out as arrays."""
+"""The base model and its LoRA adapter: loading."""
 
 import contextlib
 import os
@@ -6,20 +6,16 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from fedllm_helpers import folders, hub
-from fedllm_helpers.adapters.records import Adapter
+from fedllm_helpers import hub
 from fedllm_helpers.config import checked
-from fedllm_helpers.models import embedded, fitting, placement
+from fedllm_helpers.models import cores, embedded, fitting, placement
 
 
 def load(cfg: DictConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -46,7 +42,7 @@ def load(cfg: DictConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
         base.config.use_cache = False
         with _quiet():
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = add_adapter(base, cfg.model.lora, cfg.seed)
+    model = add_adapter(base, cfg.model.lora, cfg.seed, where)
     own, kind = model.peft_config["default"], type(base)
     own.base_model_name_or_path = embedded.HUB_ID if cfg.model.name == embedded.NAME else where
     own.auto_mapping = {
@@ -78,11 +74,17 @@ def _base(cfg: DictConfig, where: str) -> tuple[PreTrainedModel, PreTrainedToken
     return base, tokenizer
 
 
-def add_adapter(base: torch.nn.Module, lora: DictConfig, seed: int = 0) -> PeftModel:
+def add_adapter(base: torch.nn.Module, lora: DictConfig, seed: int = 0, where: str | None = None) -> PeftModel:
     """Freeze a model and add a LoRA adapter: W·x becomes W·x + α/r·B·A·x (Hu et al. 2021, arXiv:2106.09685).
 
+    Args:
+        base: any, also one without memory for its weights.
+        lora: the adapter's settings, ``cfg.model.lora``.
+        seed: of A.
+        where: folder or hub id of the base, for :func:`fedllm_helpers.models.cores.put_in`, where cores are asked for.
+
     Raises:
-        ValueError: the layers named are not in the model, or no default is known for its family.
+        ValueError: the layers named are not in the model, or no default is known for its family; or cores do not fit.
     """
     targets = None if lora.target_modules is None else list(lora.target_modules)
     settings = LoraConfig(
@@ -100,7 +102,7 @@ def add_adapter(base: torch.nn.Module, lora: DictConfig, seed: int = 0) -> PeftM
         try:
             if unmatched:
                 raise ValueError(f"no layer is named {', '.join(unmatched)}")
-            return get_peft_model(base, settings)
+            model = get_peft_model(base, settings)
         except ValueError as error:
             reason = " ".join(str(error).split()).rstrip(".")
             reason = reason if targets else f"no default is known for {base.config.model_type}, name some"
@@ -108,6 +110,9 @@ def add_adapter(base: torch.nn.Module, lora: DictConfig, seed: int = 0) -> PeftM
             layers = [(n, m) for n, m in base.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
             here = sorted({n.split(".")[-1] for n, m in layers if m is not last})
             raise ValueError(f"model.lora.target_modules={targets}: {reason}; layers here: {', '.join(here)}") from None
+        if lora.core:
+            cores.put_in(model, where)
+    return model
 
 
 def device_and_dtype(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
@@ -135,80 +140,6 @@ def autocast(model: PeftModel) -> contextlib.AbstractContextManager:
     """Half-precision products with a float32 adapter where the base is held in half precision; else nothing."""
     dtype = model.get_base_model().dtype
     return torch.autocast(model.device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16))
-
-
-def get_adapter(model: PeftModel) -> Adapter:
-    """Copy the adapter out.
-
-    Returns:
-        PEFT's own key names to float32 arrays: ``lora_A`` of shape (r, inputs), ``lora_B`` of shape (outputs, r).
-    """
-    return {key: value.detach().float().cpu().numpy().copy() for key, value in _adapter_tensors(model).items()}
-
-
-def set_adapter(model: PeftModel, adapter: Adapter) -> None:
-    """Copy an adapter in.
-
-    Raises:
-        ValueError: keys or shapes are not those of this model; nothing is changed then.
-    """
-    own = {key: tuple(value.shape) for key, value in _adapter_tensors(model).items()}
-    given = {key: tuple(value.shape) for key, value in adapter.items()}
-    if own.keys() != given.keys():
-        odd = sorted(own.keys() ^ given.keys())
-        raise ValueError(
-            f"the adapter is of another model or other layers: {len(odd)} keys differ, the first is {odd[0]!r}"
-        )
-    for key, shape in own.items():
-        if given[key] != shape:
-            raise ValueError(
-                f"the adapter is of another size or rank: {key!r} has shape {given[key]}, this model's is {shape}"
-            )
-    set_peft_model_state_dict(
-        model, {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in adapter.items()}
-    )
-
-
-def save_adapter(model: PeftModel, folder: str | Path) -> Path:
-    """Write the adapter as a folder that ``PeftModel.from_pretrained`` opens; whole or not at all.
-
-    Returns:
-        The folder, with ``adapter_model.safetensors`` and ``adapter_config.json``; other files in it are left alone.
-
-    Raises:
-        ValueError: a file has that name, or it is a folder of something else and has no adapter.
-        OSError: it cannot be written; an adapter that was there still is.
-    """
-    folder = folders.for_adapter(folder)
-    with folders.said("the adapter", folder), folders.replaced(folder, *folders.ADAPTER) as scratch:
-        model.save_pretrained(str(scratch), save_embedding_layers=False)
-    return folder
-
-
-def load_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Read a saved adapter into a model.
-
-    Raises:
-        FileNotFoundError: the folder holds no adapter.
-        ValueError: the file is damaged, or the adapter is of another model or rank.
-    """
-    path, own = Path(folder) / "adapter_model.safetensors", model.peft_config["default"]
-    if not path.is_file():
-        raise FileNotFoundError(f"no adapter at {path}")
-    try:
-        saved = PeftConfig.from_pretrained(folder)
-    except Exception as error:  # absent, no JSON, no settings of PEFT
-        raise ValueError(f"{folder}: its adapter_config.json cannot be read: {' '.join(str(error).split())}") from None
-    fitting.check_adapter(folder, saved, own)
-    try:
-        adapter = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    set_adapter(model, adapter)
-
-
-def _adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
-    return get_peft_model_state_dict(model, save_embedding_layers=False)  # True or "auto" would ask the hub
 
 
 def locate(name: str) -> str:

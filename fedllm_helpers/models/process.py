@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedllm_helpers import config
 from fedllm_helpers.adapters.records import Adapter
-from fedllm_helpers.models import lora
+from fedllm_helpers.models import exchange, lora
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,10 @@ def first_adapter(cfg: DictConfig) -> Adapter:
 
 
 def _model_settings(cfg: DictConfig) -> str:
-    parts = {"seed": cfg.seed, "model": cfg.model, "train": {"padding_side": cfg.train.padding_side}}
+    text = {"padding_side": cfg.train.padding_side, "seq_length": cfg.train.seq_length}
+    parts = {"seed": cfg.seed, "model": cfg.model, "train": text}
+    if cfg.model.lora.core:
+        parts["federation"] = {"aggregation": cfg.federation.aggregation}
     return OmegaConf.to_yaml(OmegaConf.create(parts))
 
 
@@ -41,7 +44,7 @@ def _model_settings(cfg: DictConfig) -> str:
 def _base_model(text: str) -> tuple[PeftModel, PreTrainedTokenizerBase, Adapter]:
     _base_model.cache_clear()  # the model before goes first: two of 7B do not fit
     model, tokenizer = lora.load(config.load(OmegaConf.create(text)))
-    return model, tokenizer, lora.get_adapter(model)
+    return model, tokenizer, exchange.get_adapter(model)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Every figure of the course, drawn from plain tables, and every drawing; it imports no other room."""
 
-from fedllm_helpers.plotting.aggregation import cross_terms, errors_by_layer, rules, two_means
-from fedllm_helpers.plotting.comparisons import budgets, differences
+from fedllm_helpers.plotting.aggregation import core, cross_terms, errors_by_layer, rules, two_means
+from fedllm_helpers.plotting.comparisons import budgets, cost_to_target, differences
 from fedllm_helpers.plotting.diagrams import levels, lora_update, next_token, pooled_training, tokens, two_questions
 from fedllm_helpers.plotting.federations import data_routes, federation, flower_apps, moves, one_round, wall
 from fedllm_helpers.plotting.figures import by_round, byte_sizes, curves, frontier, heat_maps, intervals, losses, pairs
@@ -11,6 +11,8 @@ __all__ = [
     "budgets",
     "by_round",
     "byte_sizes",
+    "core",
+    "cost_to_target",
     "cross_terms",
     "curves",
     "data_routes",

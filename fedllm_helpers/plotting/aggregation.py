@@ -89,6 +89,34 @@ def cross_terms() -> Figure:
     return figure
 
 
+def core(outputs: int = 576, inputs: int = 192, rank: int = 16) -> Figure:
+    """LoRA-XS: two hospitals' cores between the same frozen factors, and their mean; sizes of a layer at its foot."""
+    alt = (
+        "Each hospital's update is P R A. P, tall, and A, wide, are frozen and the same everywhere: they come from the "
+    )
+    alt += "singular vectors of the base model's own weight. Only the small square R in between is trained, and only R "
+    whole, small = rank * (outputs + inputs), rank * rank
+    alt += "crosses the network. The mean of the two updates is P times the mean of R1 and R2 times A. "
+    alt += (
+        f"For a layer of {outputs} by {inputs} and rank {rank}, LoRA sends {whole:,} numbers, and a core has {small:,}."
+    )
+    figure, axes = sketch.canvas(9, 2.5, alt)
+    for place, (x, name) in enumerate(((0.35, "hospital 1"), (3.15, "hospital 2"), (6.2, "the mean of the two"))):
+        middle = ("$R_1$", "$R_2$", r"$\bar R$")[place]
+        block(axes, x, 0.85, 0.32, 1.2, "P", sketch.GREY)
+        block(axes, x + 0.42, 1.73, 0.32, 0.32, middle, sketch.FACTOR, sketch.UP)
+        block(axes, x + 0.84, 1.73, 1.0, 0.32, "A", sketch.GREY)
+        note(axes, x + 0.92, 2.3, name)
+    note(axes, 2.72, 1.85, "and", size=11)
+    note(axes, 5.55, 1.85, "→", size=16)
+    note(axes, 0.85, 1.2, "frozen: from W itself,\nthe same everywhere", side="left", size=8.5)
+    note(axes, 3.65, 1.2, "only R is trained,\nand only R is sent", sketch.UP, side="left", size=8.5)
+    note(axes, 6.7, 1.2, r"$\bar R = \frac{1}{2}(R_1 + R_2)$, exactly", sketch.UP, side="left", size=10)
+    size = f"a layer of {outputs:,} × {inputs:,} at rank {rank}: LoRA sends {whole:,} numbers, a core has {small:,}"
+    note(axes, 4.5, 0.35, size, size=9)
+    return figure
+
+
 RULES = {  # rule: what goes up and what comes down of (B, A), what rests or stays, and a word
     "FedIT": ("BA", "BA", "", "mean of each"),
     "FFA-LoRA": ("B", "B", "A", "A never learns"),

@@ -1,5 +1,6 @@
 """Figures that compare arms on the same cards."""
 
+import itertools
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
@@ -9,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from fedllm_helpers.plotting.figures import ARMS, STYLE
+from fedllm_helpers.plotting.figures import ARMS, STYLE, plain_ticks
 
 
 def budgets(tables: Mapping[str, pd.DataFrame], xlabel: str, title: str) -> Figure:
@@ -68,4 +69,29 @@ def differences(table: pd.DataFrame, own: Mapping[str, str], label: str, title: 
         axes.set_title(title)
         axes.grid(visible=False)
         figure.colorbar(image, label=label, shrink=0.8)
+    return figure
+
+
+def cost_to_target(table: pd.DataFrame, target: float, title: str) -> Figure:
+    """How far each arm has come after so many bytes, round by round, and a line at what one wants to reach.
+
+    Args:
+        table: columns ``arm``, ``megabytes`` (one hospital's, up to and with a round, above 0) and ``nll``, in the
+            order of the rounds; each arm is named above its first point.
+        target: NLL of the dashed line.
+        title: of the figure.
+    """
+    looks = itertools.cycle(zip(("#1f4e8c", "#e08214", "#1b8a5a", "#b2479a", "#555555"), "Ds^Po", strict=True))
+    with plt.style.context(STYLE):
+        figure, axes = plt.subplots(figsize=(8.4, 4.0))
+        axes.axhline(target, color="black", linestyle="--", linewidth=1, gid="the target")
+        for (arm, part), (colour, mark) in zip(table.groupby("arm", sort=False), looks, strict=False):
+            axes.plot(part["megabytes"], part["nll"], color=colour, marker=mark, markersize=4, label=arm)
+            start = (part["megabytes"].iloc[0], part["nll"].iloc[0])
+            axes.annotate(arm, start, (0, 7), textcoords="offset points", ha="center", color=colour, fontsize=9)
+        axes.set(xscale="log", xlabel="megabytes up, per hospital, up to a round (logarithmic)")
+        axes.set(ylabel="held-out NLL (nats per token)", title=title)
+        plain_ticks(axes)
+        axes.margins(x=0.12, y=0.15)
+        axes.grid(which="minor", visible=False)
     return figure

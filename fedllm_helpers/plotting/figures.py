@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 STYLE = "fedllm_helpers.plotting.course"
 # One colour and one mark per arm in every notebook; the marks keep them apart in greyscale.
@@ -93,7 +93,7 @@ def pairs(table: pd.DataFrame, first: str, second: str, xlabel: str, title: str)
         axes.plot(table[first], y, "o", color="#1f4e8c", label=first)
         axes.plot(table[second], y, "s", color="#e08214", markerfacecolor="white", label=second)
         axes.set_xscale("log")
-        _plain_ticks(axes)
+        plain_ticks(axes)
         axes.set_yticks(y, table["label"])
         axes.set_ylim(len(table) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
@@ -198,7 +198,7 @@ def frontier(table: pd.DataFrame, xlabel: str, ylabel: str, title: str, toleranc
             where, look = row["megabytes"] * beside, {"fmt": mark, "color": colour, "markerfacecolor": face}
             axes.errorbar(where, row["value"], yerr=spread, label=row["label"], **look)
         axes.set_xscale("log")
-        _plain_ticks(axes)
+        plain_ticks(axes)
         axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
         figure.legend(loc="outside right upper")
     return figure
@@ -242,7 +242,8 @@ def _size(value: float) -> str:
     return f"{value / unit:,.1f} {name}"
 
 
-def _plain_ticks(axes: Axes) -> None:
+def plain_ticks(axes: Axes) -> None:
+    """Plain numbers at 1, 2 and 5 of each power of ten, along a logarithmic x axis."""
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -196,6 +196,8 @@ def key_of(cfg: DictConfig, *parts: Any) -> str:
     for later in ("test", "columns"):
         if settings["dataset"][later] is None:
             del settings["dataset"][later]
+    if not cfg.model.lora.core:
+        del settings["model"]["lora"]["core"]
     if not noise.silent(cfg):
         del settings["federation"]["privacy"], settings["federation"]["secure_aggregation"]
     origin = provenance(cfg)

@@ -4,8 +4,9 @@
 has its own learning rate, chosen on training cards of seed 0 (some are test cards of other seeds): one for federations,
 and in each comparison one for pooled data, one for a lone hospital and one for a tenth of the cards. ``… analysis``
 takes those rates and scores the arms of notebook 07: the headline, other partitions and schedules, and compressed
-messages. ``… aggregation`` runs the rules of notebook 04, ``… privacy`` attacks the arms of notebook 05, and
-``… views`` its single updates. ``--quick`` is a small grid of two minutes.
+messages. ``… aggregation`` runs the rules of notebook 04, ``… frontier`` cores and small ranks beside compressed
+messages, ``… privacy`` attacks the arms of notebook 05, and ``… views`` its single updates. ``--quick`` is a small grid
+of two minutes.
 
 What is done is not done again: each arm leaves its scores in ``build/experiments``, and tables are written there after
 each one. Those scores are read back for the same settings, cards and versions of packages: after a change of code,
@@ -28,6 +29,7 @@ from fedllm_helpers.federation.provenance import fingerprint, provenance
 from fedllm_helpers.study.arms import KEPT, finished, pool, run_all, score_arm, tuning_config
 from fedllm_helpers.study.audits import privacy_grid
 from fedllm_helpers.study.control import control_grid
+from fedllm_helpers.study.frontier import frontier_grid
 from fedllm_helpers.study.lab import lab_grid
 from fedllm_helpers.study.results import origin_of, publish, same_origin, write
 from fedllm_helpers.study.views import views_grid
@@ -183,7 +185,9 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
 def main() -> None:
     """Command line of the grids."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("grid", choices=["federated", "aggregation", "analysis", "privacy", "views", "control"])
+    parser.add_argument(
+        "grid", choices=["federated", "aggregation", "analysis", "privacy", "views", "control", "frontier"]
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("notebooks/results"))
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
@@ -211,6 +215,8 @@ def _run(arguments: argparse.Namespace) -> None:
         privacy_grid(arguments.seeds, arguments.folder, arguments.processes)
     elif arguments.grid == "control":
         control_grid(arguments.seeds, arguments.folder, arguments.processes)
+    elif arguments.grid == "frontier":
+        frontier_grid(arguments.seeds, arguments.folder, arguments.processes)
     elif arguments.grid == "views":
         views_grid(arguments.seeds, arguments.folder, arguments.processes)
     else:

@@ -29,8 +29,10 @@ MIXED = "federation.ranks=[4,4,8,8,16,16]"
 ROBUST = {"FedAvg": "", "FedMedian": "", "FedTrimmedAvg": "beta=0.2", "Krum": "num_malicious_nodes=1"}
 ROBUST_ROUNDS = "federation.num_rounds=1"  # enough to see who holds
 POISONER = 0
+ROUNDS = ["round", "nll", "bytes_up", "bytes_down"]
 # name: the settings that differ, the rule whose learning rate it takes, and what the poisoner sends
-LAB: dict[str, tuple[str, str, str]] = {rule: (f"federation.aggregation={rule}", rule, "") for rule in RULES}
+OF_FACTORS = [rule for rule in RULES if rule != "LoRA-XS"]  # which has a grid of its own: study.frontier
+LAB: dict[str, tuple[str, str, str]] = {rule: (f"federation.aggregation={rule}", rule, "") for rule in OF_FACTORS}
 LAB |= {"FlexLoRA, mixed ranks": (f"{LAB['FlexLoRA'][0]} {MIXED}", "FlexLoRA", "")}
 for _name, _argument in ROBUST.items():
     _how = f"{ROBUST_ROUNDS} federation.strategy={_name}"
@@ -43,7 +45,8 @@ def run_arm(cfg: DictConfig, rate: float, poison: str = "", folder: Path = KEPT)
 
     Returns:
         ``nll`` and ``tokens`` per held-out card, in their order (with FedSA-LoRA each under the model of the hospital
-        that has its specialty); ``up`` and ``down`` bytes in all, by hospital; ``seconds`` of training.
+        that has its specialty); ``up`` and ``down`` bytes in all, by hospital; ``rounds``, the columns of
+        :data:`ROUNDS`; ``seconds`` of training.
     """
     path = folder / f"lab-{key_of(cfg, rate, poison, [part.to_list() for part in data.load(cfg)])}.npz"
     found = kept(path)
@@ -54,7 +57,7 @@ def run_arm(cfg: DictConfig, rate: float, poison: str = "", folder: Path = KEPT)
         seconds, scores = time.perf_counter() - start, score(cfg, record)
         sent = record.clients.groupby("client")[["bytes_up", "bytes_down"]].sum()
         found = {"nll": scores.nll, "tokens": scores.tokens, "up": sent["bytes_up"], "down": sent["bytes_down"]}
-        keep(path, **found, seconds=seconds)
+        keep(path, **found, rounds=record.history.reindex(columns=ROUNDS).fillna(0.0), seconds=seconds)
     return kept(path)
 
 
@@ -82,7 +85,7 @@ def tune(cfg: DictConfig, workers: ProcessPoolExecutor, path: Path) -> dict[str,
     tuning = tuning_config(cfg, KEPT)
     jobs = {
         (rule, rate): partial(run_arm, config.load(tuning, LAB[rule][0]), rate)
-        for rule, rate in itertools.product(RULES, RATES)
+        for rule, rate in itertools.product(OF_FACTORS, RATES)
     }
     rows = [
         {"rule": rule, "learning_rate": rate, "nll": found["nll"].sum() / found["tokens"].sum(), "n": len(found["nll"])}
@@ -110,7 +113,7 @@ def lab_grid(seeds: list[int], folder: Path, processes: int) -> None:
             for (name, (changes, rule, poison)), seed in itertools.product(LAB.items(), seeds)
         }
         found = dict(run_all(workers, jobs, "arms"))
-    cards = [_card_rows(config.load(cfg, f"seed={seed}"), {name: found[seed, name] for name in LAB}) for seed in seeds]
+    cards = [card_rows(config.load(cfg, f"seed={seed}"), {name: found[seed, name] for name in LAB}) for seed in seeds]
     folders.write(folder / "aggregation_cards.csv", pd.concat(cards).to_csv(index=False))
     rows = [
         (name, seed, hospital, int(up), int(down))
@@ -126,7 +129,8 @@ def lab_grid(seeds: list[int], folder: Path, processes: int) -> None:
     folders.write(folder / "aggregation.json", json.dumps(provenance(cfg, **more), indent=1) + "\n")
 
 
-def _card_rows(cfg: DictConfig, found: dict[str, dict[str, np.ndarray]]) -> pd.DataFrame:
+def card_rows(cfg: DictConfig, found: dict[str, dict[str, np.ndarray]]) -> pd.DataFrame:
+    """A row for each held-out card of a configuration, with the summed nats of each arm of :func:`run_arm`."""
     table = data.load(cfg)[1].select_columns(["card_id", "specialty"]).to_pandas()
     table = table.assign(seed=cfg.seed, tokens=next(iter(found.values()))["tokens"])
     return table.assign(**{name: one["nll"].round(3) for name, one in found.items()})

@@ -1,8 +1,9 @@
-"""The seven rules: on layers of PEFT against float64, and in federations against a loop written out here."""
+"""The rules: on layers of PEFT against float64, and in federations against a loop written out here."""
 
 import logging
 from types import SimpleNamespace
 
+import lora_rounds
 import numpy as np
 import pytest
 import tiny
@@ -345,7 +346,7 @@ def test_where_nobody_trains_the_servers_adapter_keeps_its_bits_however_it_goes_
             plan(rule, f"federation.compression.down={down}", *how)
         return
     cfg = plan(rule, f"federation.compression.down={down}", *how, rounds=2)
-    start = step(first(), 7, 7)
+    start = step(first(cfg), 7, 7)
     if rule == "FFA-LoRA":
         start |= rules.chosen(rules.fresh(0, 1, rules.shapes_of(start)), "A")
     if rule == "FedSA-LoRA":
@@ -377,7 +378,7 @@ def test_compressed_both_ways_every_rule_comes_near_to_the_open_one(rule):
     assert tables.history_frame()["used"].eq(3).all()
     for key in plain:
         assert np.abs(adapter[key] - plain[key]).max() < 0.2 * max(np.abs(plain[key]).max(), 1e-9)
-    if rule != "FedSA-LoRA":  # whose server has no product
+    if rule not in ("FedSA-LoRA", "LoRA-XS"):  # whose servers have no product
         assert apart(learned(small, adapter, other), learned(cfg, plain, base)) < 0.1
 
 
@@ -388,10 +389,14 @@ def test_the_ledger_counts_what_each_rule_sends(rule, ranks, monkeypatch):
     """On adapters of some thousand values the numbers are nearly all of a message."""
     for layer, shape in {"m.q": (2048, 1024), "m.v": (512, 1024)}.items():
         monkeypatch.setitem(SHAPES, layer, shape)
-    cfg = plan(rule, *([f"federation.ranks={ranks}"] if ranks else []), rounds=2)
+    more = [f"federation.ranks={ranks}"] if ranks else []
+    if rule == "LoRA-XS":
+        monkeypatch.setattr(lora_rounds, "RANK", 64)
+        more = ["model.lora.peft_lora_r=64"]
+    cfg = plan(rule, *more, rounds=2)
     _, tables, _ = federate(cfg)
     counts = estimates.ParameterCounts(0, 1, 1)
-    ledger = communication.ledger(tables.clients_frame(), counts, values=chain.values(cfg, first()))
+    ledger = communication.ledger(tables.clients_frame(), counts, values=chain.values(cfg, first(cfg)))
     some = ledger[ledger["formula"] > 0]
     assert some["overhead"].between(0, 0.1).all()
     assert ledger[ledger["formula"] == 0]["bytes"].lt(1000).all() and len(ledger) == 4

@@ -1,4 +1,4 @@
-"""The seven rules on the real model: each learns, leaves the base model as it was, and does the same on Ray."""
+"""The rules on the real model: each learns, leaves the base model as it was, and does the same on Ray."""
 
 from importlib.util import find_spec
 
@@ -26,7 +26,7 @@ SMALL = (
     "federation.evaluate_every=5"  # before the first round and after the last
 )
 
-EXACT = ("FedIT", "FedEx-LoRA")  # an adapter, and one with edits: opened again, in float32
+EXACT = ("FedIT", "FedEx-LoRA", "LoRA-XS")  # an adapter, one with edits, and one of cores: opened again, in float32
 
 
 def small(rule, *more):
@@ -47,7 +47,7 @@ def test_every_rule_learns_and_leaves_the_base_model_alone(rule, tmp_path):
     moved = {
         part for part in (factors.A, factors.B) for k in start if part in k and (start[k] != record.adapter[k]).any()
     }
-    wanted = {"FedSA-LoRA": {factors.A}, "FLoRA": {factors.A}}
+    wanted = {"FedSA-LoRA": {factors.A}, "FLoRA": {factors.A}, "LoRA-XS": {factors.B}}
     assert moved == wanted.get(rule, {factors.A, factors.B})
     assert bool(record.edit) == (rule in ("FLoRA", "FedEx-LoRA")) and bool(record.personal) == (rule == "FedSA-LoRA")
     if rule == "FedSA-LoRA":

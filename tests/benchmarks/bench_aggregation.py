@@ -3,7 +3,8 @@
 Rank 16 on the query and value projections, in float32. Seconds per rule, and as a ratio to reading the same bytes once
 from memory (a sum over all of them): that is the least that any rule must do. "memory" is by how much the largest size
 of the process exceeds its size with the adapters alone, in adapters; every rule has a process of its own. The error of
-the truncation is held against the singular values of one layer's full matrix.
+the truncation is held against the singular values of one layer's full matrix. Cores (LoRA-XS) of 100 clients come last:
+what their mean costs, beside reading them, and what a client pays once for the factors of a layer.
 """
 
 import gc
@@ -16,6 +17,7 @@ import numpy as np
 
 from fedllm_helpers import aggregation
 from fedllm_helpers.adapters import factors
+from fedllm_helpers.models import cores
 
 CLIENTS, LAYERS, RANK = 20, 32, 16
 SHAPES = {"q_proj": (4096, 4096), "v_proj": (1024, 4096)}
@@ -83,6 +85,23 @@ def main() -> None:
     seconds, _ = timed(lambda: factors.truncated(one, RANK))
     print(f"error of rank {RANK}: {np.linalg.norm(full - best) / least - 1:+.1e} of the least possible")
     print(f"one layer of 1024 × 4096: {seconds:.3f} s by its factors, {whole:.2f} s for the full matrix's values alone")
+    cores_table()
+
+
+def cores_table(clients: int = 100) -> None:
+    """LoRA-XS at rank 16: the mean of so many clients' cores, and the factors of single layers."""
+    rng = np.random.default_rng(0)
+    keys = [f"{layer}.{name}.lora_B.core.weight" for layer in range(LAYERS) for name in SHAPES]
+    given = [{key: rng.standard_normal((RANK, RANK), np.float32) for key in keys} for _ in range(clients)]
+    size = sum(value.nbytes for value in given[0].values())
+    read, _ = timed(lambda: sum(float(value.sum()) for one in given for value in one.values()))
+    seconds, _ = timed(lambda: aggregation.weighted_mean((one, 1) for one in given))
+    print(f"LoRA-XS, {clients} clients of {size / 1e3:.0f} kB: mean {seconds:.3f} s, {seconds / read:.1f} × reading")
+    for name, shape in SHAPES.items():
+        weight = rng.standard_normal(shape)
+        seconds, _ = timed(lambda weight=weight: cores.bases(weight, RANK))
+        whole, _ = timed(lambda weight=weight: np.linalg.svd(weight, full_matrices=False))
+        print(f"factors of {name}, {shape[0]} × {shape[1]}: {seconds:.2f} s, {whole / seconds:.0f} × faster than all")
 
 
 if __name__ == "__main__":

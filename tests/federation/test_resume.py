@@ -24,7 +24,11 @@ KINDS = {
 NO_FEEDBACK = "federation.compression.error_feedback=false"
 CLOCKS = ["seconds", "train_seconds", "bytes_down"]  # a node that went on has lost its edits, and gets them all again
 REAL = [("FedIT", "plain"), ("FFA-LoRA", "int4"), ("RoLoRA", "masks"), ("FLoRA", "plain"), ("FedEx-LoRA", "int4")]
-REAL += [("FlexLoRA", "DP-SGD"), ("FedSA-LoRA", "DP-SGD")]  # each rule and each kind; the whole table on a thin model
+REAL += [
+    ("FlexLoRA", "DP-SGD"),
+    ("FedSA-LoRA", "DP-SGD"),
+    ("LoRA-XS", "int4"),
+]  # each rule and each kind; the whole table on a thin model
 TABLE = [(rule, kind) for rule in RULES for kind in KINDS if kind != "masks" or rule not in BY_PRODUCT]
 
 

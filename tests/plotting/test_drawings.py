@@ -50,6 +50,7 @@ DRAWINGS = {
     "two_means": plotting.two_means,
     "cross_terms": plotting.cross_terms,
     "rules": plotting.rules,
+    "core": plotting.core,
 }
 VARIANTS = {  # other sizes that a reader may try
     "next_token of one": lambda: plotting.next_token([":"], [" pseudohypoparathyroidism"], [1e-5]),
@@ -61,6 +62,7 @@ VARIANTS = {  # other sizes that a reader may try
     "flower_apps of 2": lambda: plotting.flower_apps(2),
     "federation of 8": lambda: plotting.federation(8),
     "tokens with a long one": lambda: plotting.tokens(["x" * 90, " A"], [True, False], "title"),
+    "core of 7B": lambda: plotting.core(14_336, 4096, 128),
     "moves of 1": lambda: plotting.moves(some(1)),
     "moves of unlike size": lambda: plotting.moves({"a": np.eye(3)[0], "b": 4 * np.eye(3)[0] + 1, "c": np.eye(3)[1]}),
     "opposite moves": lambda: plotting.moves({"a": np.eye(3)[0], "b": -0.5 * np.eye(3)[0]}),
@@ -106,6 +108,7 @@ SAYS = {  # what the words of a drawing name
     "moves": ["hospital 0, hospital 1, hospital 2, hospital 3", "% as long"],
     "two_means": ["multiply, then average", "average, then multiply"],
     "cross_terms": ["B1 A1", "B2 A2", "B1 A2", "B2 A1"],
+    "core": ["P R A", "LoRA sends 12,288 numbers, and a core has 256", "mean of R1 and R2"],
     "rules": ["FedIT: up BA", "FFA-LoRA: up B, down B", "FedSA-LoRA: up A, down A"],
 }
 
@@ -249,6 +252,13 @@ TOLD = [  # what is drawn, and what its words hold
         ["work", "eye: 3.1 from 3.05 to 3.3", "examples", "eye: 3.1 from 1 to 3.3"],
     ),
     (
+        "cost_to_target",
+        lambda: plotting.cost_to_target(
+            pd.DataFrame({"arm": ["a", "a", "b"], "megabytes": [0.05, 0.1, 2.0], "nll": [3.0, 2.5, 2.6]}), 2.55, "t"
+        ),
+        ["a: (0.05, 3), (0.1, 2.5)", "b: (2, 2.6)", "dashed at 2.55: the target"],
+    ),
+    (
         "bill",
         lambda: privacy.bill(ROWS.assign(measure="bits"), {}, "t"),
         ["x: bits. eye: 3.1 from 3.05 to 3.3. ear: 2.4 from 2.2 to 2.5"],
@@ -296,6 +306,13 @@ TOLD = [  # what is drawn, and what its words hold
         ["large: (1, 2), (4, 8)", "a day", "5.5"],
     ),
     (
+        "cost_to_target",
+        lambda: plotting.cost_to_target(
+            pd.DataFrame({"arm": ["a", "a", "b"], "megabytes": [0.05, 0.1, 2.0], "nll": [3.0, 2.5, 2.6]}), 2.55, "t"
+        ),
+        ["a: (0.05, 3), (0.1, 2.5)", "b: (2, 2.6)", "dashed at 2.55: the target"],
+    ),
+    (
         "bill",
         lambda: privacy.bill(ROWS.assign(measure="bits"), {"bits": {"chance": 1.5}}, "t"),
         ["x: bits", "chance", "1.5"],
@@ -316,6 +333,15 @@ def test_data_are_told_by_their_names_and_numbers(name, draw, phrases):
     said = plotting.describe(draw())
     assert [phrase for phrase in phrases if phrase not in said] == [], said
     assert "_nolegend_" not in said and "mathdefault" not in said, said
+
+
+def test_an_axis_of_bytes_has_a_name_of_its_own_at_every_tick():
+    """0.05 and 0.1 are not both 0.1."""
+    table = pd.DataFrame({"arm": "a", "megabytes": [0.012, 0.3, 40.0], "nll": [3.0, 2.5, 2.4]})
+    figure = plotting.cost_to_target(table, 2.45, "t")
+    figure.draw_without_rendering()
+    names = [text.get_text() for text in figure.axes[0].get_xticklabels()]
+    assert {"0.02", "0.05", "0.1", "10"} <= set(names) and len(set(names)) == len(names)
 
 
 def test_every_figure_and_drawing_of_the_room_is_tried_here():

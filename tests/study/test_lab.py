@@ -69,7 +69,7 @@ def test_the_stored_rates_are_the_best_of_those_tried(origin):
     rates = pd.read_csv(STORED / "aggregation_rates.csv")
     assert all(tuple(part["learning_rate"]) == lab.RATES for _, part in rates.groupby("rule"))
     best = rates.loc[rates.groupby("rule")["nll"].idxmin()].set_index("rule")["learning_rate"].to_dict()
-    assert best == origin["learning_rates"] and set(best) == set(RULES)
+    assert best == origin["learning_rates"] and set(best) == set(lab.OF_FACTORS)
 
 
 def test_the_stored_bytes_are_those_that_each_rule_sends(origin):

@@ -74,8 +74,11 @@ def step(cfg, model, tokenizer, limit, noise=0.0):
         ("gemma3", "q_proj,v_proj"),  # and those of its tower for images, through which no card goes
     ],
 )
-def test_a_step_is_the_clipped_gradients_of_single_cards(folder_of, family, targets):
-    cfg, model, tokenizer = prepare(folder_of(family), targets)
+@pytest.mark.parametrize("rule", ["FedIT", "LoRA-XS"])
+def test_a_step_is_the_clipped_gradients_of_single_cards(folder_of, family, targets, rule):
+    cfg, model, tokenizer = prepare(
+        folder_of(family), targets, f"federation.aggregation={rule}", "model.lora.peft_lora_r=8"
+    )
     single = one_by_one(model, tokenizer)
     norms, limit = single.norm(dim=1), float(single.norm(dim=1).median())
     clipped = (single * (limit / norms).clamp(max=1)[:, None]).sum(0) / len(CARDS)

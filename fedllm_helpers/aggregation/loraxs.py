@@ -1,0 +1,37 @@
+"""LoRA-XS: an r × r core between frozen factors is trained, sent and averaged (Bałazy et al. 2024, arXiv:2405.17604).
+
+Every node takes the factors P and A of a layer from the singular vectors of its own copy of the base weights, so that
+neither crosses the network: r² numbers a layer do, in either direction, whatever the layer's size. The update is
+P·R·A, and the mean of cores R is the core of the mean: exact, also under masks and with noise on it, as in Fed-SB
+(Singhal et al. 2025, arXiv:2502.15436), whose factors come from a gradient on training samples instead.
+
+The model's side is :mod:`fedllm_helpers.models.cores`.
+"""
+
+from fedllm_helpers.adapters.records import Adapter
+from fedllm_helpers.aggregation.ruled import Rule
+
+CORE = ".lora_B.core."  # in the middle of the key names
+
+
+class LoRAXS(Rule):
+    """The wrapped strategy on cores."""
+
+    name = "LoRA-XS"
+
+    def ordering(self) -> bool:
+        """Clients say that they follow: what they send is to be of cores."""
+        return True
+
+    def begin(self, number: int, adapter: Adapter) -> Adapter:
+        """The cores as they are.
+
+        Raises:
+            ValueError: an array is no core.
+        """
+        for key, value in adapter.items():
+            if CORE not in key or value.ndim != 2 or value.shape[0] != value.shape[1]:
+                raise ValueError(
+                    f"LoRA-XS averages r × r cores, and {key!r} has shape {value.shape}: models.cores.put_in makes them"
+                )
+        return adapter
