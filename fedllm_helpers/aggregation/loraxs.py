@@ -8,16 +8,32 @@ P·R·A, and the mean of cores R is the core of the mean: exact, also under mask
 The model's side is :mod:`fedllm_helpers.models.cores`.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+from flwr.app import Message
+from flwr.serverapp.strategy import Strategy
+
 from fedllm_helpers.adapters.records import Adapter
 from fedllm_helpers.aggregation.ruled import Rule
+from fedllm_helpers.aggregation.rules import FACTORS, RULE
 
 CORE = ".lora_B.core."  # in the middle of the key names
 
 
 class LoRAXS(Rule):
-    """The wrapped strategy on cores."""
+    """The wrapped strategy on cores.
+
+    Args:
+        factors: the server's, in short, from :func:`fedllm_helpers.models.cores.sketch`; clients whose own are others
+            can say so. None: nobody looks.
+    """
 
     name = "LoRA-XS"
+
+    def __init__(self, strategy: Strategy, *, factors: Sequence[float] | None = None, **options: Any) -> None:
+        super().__init__(strategy, **options)
+        self.factors = factors
 
     def ordering(self) -> bool:
         """Clients say that they follow: what they send is to be of cores."""
@@ -35,3 +51,12 @@ class LoRAXS(Rule):
                     f"LoRA-XS averages r × r cores, and {key!r} has shape {value.shape}: models.cores.put_in makes them"
                 )
         return adapter
+
+    def _orders(self, adapter: Adapter, rank: int | None) -> dict[str, Any]:
+        return super()._orders(adapter, rank) | ({} if self.factors is None else {FACTORS: list(self.factors)})
+
+
+def factors_of(message: Message) -> list[float] | None:
+    """The server's factors, in short, or None: what a client's app gives :func:`fedllm_helpers.models.cores.check`."""
+    orders = message.content.config_records.get(RULE)
+    return None if orders is None else orders.get(FACTORS)

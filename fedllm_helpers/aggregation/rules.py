@@ -24,8 +24,9 @@ from fedllm_helpers.aggregation import edits
 
 RULE, FOLLOWED = "rule", "rule-followed"  # the record of orders in a message; in a reply, of which round they were
 PERSONAL = "personal factors"  # in a client's state: what never leaves it
+FACTORS = "factors"  # in orders: those of LoRA-XS, in short
 KEYS = {"A": factors.A, "B": factors.B}
-KNOWN = {"name", "trains", "sends", "draws", "seed", "draw", "shapes", "keeps", "rank", "full", *edits.ORDERS}
+KNOWN = {"name", "trains", "sends", "draws", "seed", "draw", "shapes", "keeps", "rank", "full", FACTORS, *edits.ORDERS}
 
 
 def chosen(adapter: Adapter, which: str) -> Adapter:

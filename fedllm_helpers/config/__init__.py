@@ -51,6 +51,10 @@ def load(source: str | Path | DictConfig = "cpu", *overrides: str, **named: Any)
     if config.dataset.prompt != prompts.CHAT:
         prompts.template(config.dataset.prompt)
     _settle(config, said)
+    core = config.federation.aggregation == "LoRA-XS"  # the rule decides, unless somebody says otherwise
+    changed = isinstance(source, DictConfig) or "federation.aggregation" in said
+    if "model.lora.core" not in said and (core or changed):
+        config.model.lora.core = core
     own_file = isinstance(source, (str, Path)) and str(source) not in PRESETS
     if own_file and not any(".training_arguments." in key for key in said):
         said |= set(_leaves(given))
@@ -88,8 +92,6 @@ def _settle(config: DictConfig, said: set[str]) -> None:
         except ValueError as error:
             raise ValueError(f"{where}{error}") from None
         training_arguments.check(arguments, section)
-    if config.federation.aggregation == "LoRA-XS":  # the rule for what such a model trains
-        config.model.lora.core = True
 
 
 def checked(cfg: DictConfig) -> DictConfig:

@@ -197,8 +197,9 @@ def _check_rule(cfg: DictConfig) -> None:
     rule, where = how.aggregation, f"federation.aggregation={how.aggregation}"
     if how.ranks is not None:
         _check_ranks(cfg)
-    if cfg.model.lora.core and rule != "LoRA-XS":
-        raise ValueError(f"model.lora.core=true beside {where}: set federation.aggregation=LoRA-XS")
+    if cfg.model.lora.core != (rule == "LoRA-XS"):
+        said = f"model.lora.core={str(cfg.model.lora.core).lower()}"
+        raise ValueError(f"{said} beside {where}: cores go with LoRA-XS, and with no other rule; leave it out")
     if rule in EDITING and cfg.model.quantization is not None:
         bits = f"model.quantization={cfg.model.quantization}"
         raise ValueError(f"{where}: it edits the base model, and {bits} cannot hold an edit; set that to null")

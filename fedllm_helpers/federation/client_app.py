@@ -12,16 +12,19 @@ from datasets import Dataset
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from omegaconf import DictConfig, OmegaConf
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from fedllm_helpers import data, models, training
 from fedllm_helpers.adapters import packing
 from fedllm_helpers.adapters.records import from_record, to_record
 from fedllm_helpers.aggregation import edits, rules
+from fedllm_helpers.aggregation.loraxs import factors_of
 from fedllm_helpers.communication import compression
 from fedllm_helpers.config.runs import settings
 from fedllm_helpers.data import partitions
 from fedllm_helpers.evaluation.scoring import score_answers
-from fedllm_helpers.models import editing
+from fedllm_helpers.models import cores, editing
 from fedllm_helpers.models.process import base_model, cpu_threads
 from fedllm_helpers.privacy import masked_clients, noise
 from fedllm_helpers.training import guarantees
@@ -54,8 +57,7 @@ def train(message: Message, context: Context) -> Message:
     orders, mine = message.content["config"], node_cards(context, hospital)[0]
     work = _work(cfg, mine, int(orders["server-round"]), hospital)
     how = {"learning_rate": float(orders["lr"]), "proximal_mu": float(orders.get("proximal-mu", 0.0))}
-    model, tokenizer = base_model(cfg)
-    models.set_adapter(model, from_record(message.content["arrays"]))
+    model, tokenizer = _given(cfg, message)
     with cpu_threads(cfg), editing.edited(model, edits.edit_of(message)):
         before = _loss(cfg, work.probe)
         with editing.only_trained(model, rules.trained(message)):
@@ -69,6 +71,14 @@ def train(message: Message, context: Context) -> Message:
         told |= {"train-seconds": record.seconds, "seconds": time.perf_counter() - start}
     content = {"arrays": to_record(models.get_adapter(model)), "metrics": MetricRecord(told)}
     return Message(RecordDict(content), reply_to=message)
+
+
+def _given(cfg: DictConfig, message: Message) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The model with the adapter that came down, and its tokenizer."""
+    model, tokenizer = base_model(cfg)
+    cores.check(model, factors_of(message))
+    models.set_adapter(model, from_record(message.content["arrays"]))
+    return model, tokenizer
 
 
 @dataclass(frozen=True)
@@ -110,8 +120,7 @@ def evaluate(message: Message, context: Context) -> Message:
     cfg, hospital = settings(context), int(context.node_config["partition-id"])
     cards, metrics = node_cards(context, hospital)[1], {"partition-id": hospital, "num-examples": 0, "nll": 0.0}
     if len(cards):
-        model, _ = base_model(cfg)
-        models.set_adapter(model, from_record(message.content["arrays"]))
+        model, _ = _given(cfg, message)
         with cpu_threads(cfg), editing.edited(model, edits.edit_of(message)):
             metrics |= {"num-examples": len(cards), "nll": _loss(cfg, cards)}
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)

@@ -26,7 +26,7 @@ from fedllm_helpers.federation.nodes import Answers, hospitals, join
 from fedllm_helpers.federation.provenance import fingerprint, provenance
 from fedllm_helpers.federation.rounds import Federation, run_round
 from fedllm_helpers.federation.tables import Tables, bar, report
-from fedllm_helpers.models import editing
+from fedllm_helpers.models import cores, editing
 from fedllm_helpers.models.process import base_model, cpu_threads, first_adapter
 from fedllm_helpers.privacy import noise
 from fedllm_helpers.training import memory
@@ -64,6 +64,8 @@ def main(grid: Grid, context: Context) -> None:
     with quiet_flower(), run_folders.alone_in(folder):
         cfg, answers = join(grid, cfg)
         chain, start = compose(cfg), first_adapter(cfg)
+        if cfg.model.lora.core:
+            chain.rule.factors = cores.sketch(base_model(cfg)[0])
         seen = fingerprint(cfg, cards="cards" not in given and bool(cfg.federation.evaluate_every))
         origin = provenance(cfg, fingerprint={**seen, "cards": str(given.get("cards", seen["cards"]))})
         keep = partial(_keep, cfg, chain.rule, folder) if folder else None

@@ -66,8 +66,7 @@ def save_adapter(model: PeftModel, folder: str | Path) -> Path:
     """
     folder = folders.for_adapter(folder)
     with folders.said("the adapter", folder), folders.replaced(folder, *folders.ADAPTER) as scratch:
-        state = cores.plain(model) if cores.tensors(model) else None
-        model.save_pretrained(str(scratch), save_embedding_layers=False, state_dict=state)
+        model.save_pretrained(str(scratch), save_embedding_layers=False)
     return folder
 
 

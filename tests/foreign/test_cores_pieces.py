@@ -13,6 +13,7 @@ from fedllm_helpers import models
 from fedllm_helpers.adapters.records import from_record, to_record
 from fedllm_helpers.adapters.screened import Screened
 from fedllm_helpers.aggregation import LoRAXS, rules
+from fedllm_helpers.aggregation.loraxs import factors_of
 from fedllm_helpers.communication import compression
 from fedllm_helpers.communication.compression import Compressed
 from fedllm_helpers.communication.metered import Metered
@@ -47,9 +48,9 @@ def training(family, arrays, node):
 
 def updates(model):
     """ΔW by layer, in float64."""
-    plain = {key: value.double().numpy() for key, value in cores.plain(model).items()}
+    plain = {key: value.double().numpy() for key, value in somebody.get_peft_model_state_dict(model).items()}
     layers = {key.split(".lora_")[0] for key in plain}
-    return {k: SCALE * plain[f"{k}.lora_B.default.weight"] @ plain[f"{k}.lora_A.default.weight"] for k in layers}
+    return {k: SCALE * plain[f"{k}.lora_B.weight"] @ plain[f"{k}.lora_A.weight"] for k in layers}
 
 
 def client(family="llama", mods=(rules.mod,)):
@@ -149,6 +150,26 @@ def test_one_side_alone_is_one_line():
         run(LoRAXS(plain()), client(mods=()), rounds=1)
     with pytest.raises(ValueError, match=r"LoRA-XS: clients send 'base_model.*lora_A.weight', which .* has not"):
         run(LoRAXS(plain()), somebody.client("llama", [rules.mod]), rounds=1)
+
+
+def test_a_client_with_another_base_model_says_so(caplog):
+    caplog.set_level("INFO")
+
+    def app(message, context):
+        model = build("llama")
+        if int(context.node_config["partition-id"]) == 2:
+            layer = model.get_base_model().model.layers[0].self_attn.q_proj
+            layer.lora_A["default"].weight[0] *= -1  # as another library might have it
+        cores.check(model, factors_of(message))
+        return client(mods=())(message, context)
+
+    def checked(message, context):
+        return rules.mod(message, context, app)
+
+    wanted = run(LoRAXS(plain()), rounds=1)
+    found = run(LoRAXS(plain(), factors=cores.sketch(build("llama"))), checked, rounds=1)
+    assert "another base model" in caplog.text and far(found, wanted) > 1e-6, "two of three"
+    assert far(run(LoRAXS(plain()), checked, rounds=1), wanted) < 1e-6, "nobody looks where nothing is said"
 
 
 def test_reply_with_cores_of_another_rank_is_left_out(caplog):
