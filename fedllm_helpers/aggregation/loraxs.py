@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedllm_helpers.adapters.records import Adapter
 from fedllm_helpers.aggregation.ruled import Rule
-from fedllm_helpers.aggregation.rules import FACTORS, RULE
+from fedllm_helpers.aggregation.rules import FACTORS, RULE, STACKS, shapes_of, stacked, unstacked
 
 CORE = ".lora_B.core."  # in the middle of the key names
 
@@ -29,7 +29,7 @@ class LoRAXS(Rule):
             can say so. None: nobody looks.
     """
 
-    name = "LoRA-XS"
+    name, stacks = "LoRA-XS", True
 
     def __init__(self, strategy: Strategy, *, factors: Sequence[float] | None = None, **options: Any) -> None:
         super().__init__(strategy, **options)
@@ -38,6 +38,18 @@ class LoRAXS(Rule):
     def ordering(self) -> bool:
         """Clients say that they follow: what they send is to be of cores."""
         return True
+
+    def up(self, adapter: Adapter, number: int, rank: int | None = None) -> Adapter:
+        """All cores as one array: names and headers would be a fifth of the bytes at rank 16, and most at rank 4."""
+        return stacked(adapter)
+
+    def down(self, adapter: Adapter, rank: int | None = None) -> Adapter:
+        """As up."""
+        return stacked(adapter)
+
+    def taken(self, arrays: Adapter) -> Adapter:
+        """The cores by layer."""
+        return unstacked(arrays, shapes_of(self.adapter))
 
     def begin(self, number: int, adapter: Adapter) -> Adapter:
         """The cores as they are.
@@ -53,7 +65,8 @@ class LoRAXS(Rule):
         return adapter
 
     def _orders(self, adapter: Adapter, rank: int | None) -> dict[str, Any]:
-        return super()._orders(adapter, rank) | ({} if self.factors is None else {FACTORS: list(self.factors)})
+        known = {} if self.factors is None else {FACTORS: list(self.factors)}
+        return super()._orders(adapter, rank) | {STACKS: True} | known
 
 
 def factors_of(message: Message) -> list[float] | None:

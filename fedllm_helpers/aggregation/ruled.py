@@ -1,7 +1,7 @@
 """A rule of federated LoRA at the server: a strategy that wraps a strategy; each rule is a file of its own beside this.
 
-A rule says what a round trains and sends, what everyone draws from the seed and what clients keep; the rest of it is
-here: orders to :func:`fedllm_helpers.aggregation.rules.mod`, edits of the base model, and one line where it cannot be.
+A rule says what a round trains and sends, what everyone draws and what clients keep. Here are the orders for that, to
+:func:`fedllm_helpers.aggregation.rules.mod`, edits of the base model, and one line where it cannot be.
 """
 
 import json
@@ -39,7 +39,7 @@ class Rule(Wrapper):
     """
 
     reads = "adapters"
-    name, draws, keeps, mixes = "FedIT", "", "", False
+    name, draws, keeps, mixes, stacks = "FedIT", "", "", False, False
 
     def __init__(self, strategy: Strategy, *, seed: int = 0, ranks: Callable[[int], int] | None = None) -> None:
         super().__init__(strategy)
@@ -74,6 +74,10 @@ class Rule(Wrapper):
         part = chosen(adapter, "".join(one for one in "AB" if one not in self.draws + self.keeps))
         return factors.cut(part, rank) if rank else part
 
+    def taken(self, arrays: Adapter) -> Adapter:
+        """Arrays of the adapter, from those that cross the network."""
+        return arrays
+
     def begin(self, number: int, adapter: Adapter) -> Adapter:
         """The server's adapter at the start of a round.
 
@@ -98,8 +102,8 @@ class Rule(Wrapper):
     ) -> Iterable[Message]:
         """The wrapped strategy's messages, with what this rule sends down and its orders to the mod."""
         self.number, self.adapter = server_round, self.begin(server_round, from_record(arrays))
-        part = to_record(self.up(self.adapter, server_round))
-        return self._ordered(list(super().configure_train(server_round, part, config, grid)), self.adapter)
+        sent = to_record(self.up(self.adapter, server_round))
+        return self._ordered(super().configure_train(server_round, sent, config, grid), self.adapter)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -123,13 +127,13 @@ class Rule(Wrapper):
         return messages
 
     def _orders(self, adapter: Adapter, rank: int | None) -> dict[str, Any]:
-        orders: dict[str, Any] = {"name": self.name, "trains": self.trains(self.number)}
-        orders["sends"] = self.sends(self.number)
+        orders: dict[str, Any] = {"name": self.name}
+        orders |= {"trains": self.trains(self.number), "sends": self.sends(self.number)}
         if self.draws:
             orders |= {"draws": self.draws, "seed": self.seed, "draw": self.draw()}
         if self.keeps:
             orders["keeps"] = self.keeps
-        if self.draws or self.keeps:
+        if self.draws or self.keeps or self.stacks:
             orders["shapes"] = zlib.compress(json.dumps(shapes_of(adapter)).encode(), 9)
         return orders | ({"rank": rank, "full": factors.rank(adapter)} if rank else {})
 
@@ -149,11 +153,9 @@ class Rule(Wrapper):
         """
 
         def size(number: int, client: int, part: Callable) -> int:
-            """Numbers in one way of a client."""
             return sum(value.size for value in part(number, self.ranks(client) if self.ranks else None).values())
 
         def count(number: int, client: int, direction: str) -> tuple[int, int]:
-            """Of one message."""
             up = partial(self.up, adapter)
             if direction == "up":
                 return size(number, client, up), 0
@@ -173,9 +175,10 @@ class Rule(Wrapper):
         arrays, metrics = super().aggregate_train(server_round, self.followed(server_round, replies))
         if arrays is None:
             return None, metrics
-        if other := sorted(set(arrays) - set(self.adapter)):
+        made = {**self.adapter, **self.taken(from_record(arrays))}
+        if other := sorted(set(made) - set(self.adapter)):
             raise ValueError(f"{self.name}: clients send {other[0]!r}, which the server's adapter has not")
-        return to_record({**self.adapter, **from_record(arrays)}), metrics
+        return to_record(made), metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """What the wrapped strategy makes of the replies; who sent one has the edits that went out with the request."""

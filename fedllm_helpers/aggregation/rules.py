@@ -24,9 +24,23 @@ from fedllm_helpers.aggregation import edits
 
 RULE, FOLLOWED = "rule", "rule-followed"  # the record of orders in a message; in a reply, of which round they were
 PERSONAL = "personal factors"  # in a client's state: what never leaves it
-FACTORS = "factors"  # in orders: those of LoRA-XS, in short
+FACTORS, STACKS = "factors", "stacks"  # in orders, of LoRA-XS: its factors in short; that arrays cross as one
 KEYS = {"A": factors.A, "B": factors.B}
-KNOWN = {"name", "trains", "sends", "draws", "seed", "draw", "shapes", "keeps", "rank", "full", FACTORS, *edits.ORDERS}
+KNOWN = {
+    "name",
+    "trains",
+    "sends",
+    "draws",
+    "seed",
+    "draw",
+    "shapes",
+    "keeps",
+    "rank",
+    "full",
+    FACTORS,
+    STACKS,
+    *edits.ORDERS,
+}
 
 
 def chosen(adapter: Adapter, which: str) -> Adapter:
@@ -56,6 +70,35 @@ def shapes_of(adapter: Adapter) -> dict[str, tuple[int, ...]]:
 def scaled(adapter: Adapter, scale: float) -> Adapter:
     """Factors of so many times the product, float32."""
     return {key: (value * scale).astype(np.float32) if factors.B in key else value for key, value in adapter.items()}
+
+
+def stacked(adapter: Adapter) -> Adapter:
+    """Arrays with as many columns as one, below each other: a name and a header cost more than a small core."""
+    made: dict[str, list[np.ndarray]] = {}
+    for value in adapter.values():
+        made.setdefault(_stack(value.shape[1]), []).append(value)
+    return {name: np.concatenate(values) for name, values in made.items()}
+
+
+def _stack(width: int) -> str:
+    return f"{width} columns, stacked: rules.mod takes them apart"
+
+
+def unstacked(stacks: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
+    """The inverse of :func:`stacked`.
+
+    Raises:
+        ValueError: the stacks are of other shapes.
+    """
+    made, done = {}, dict.fromkeys(stacks, 0)
+    for key, (rows, width) in shapes.items():
+        name = _stack(width)
+        start = done.get(name, 0)
+        made[key] = stacks.get(name, np.zeros((0, width), np.float32))[start : start + rows]
+        done[name] = start + rows
+    if shapes_of(made) != dict(shapes) or any(len(stacks.get(name, ())) != rows for name, rows in done.items()):
+        raise ValueError(f"stacks of shapes {list(shapes_of(stacks).values())} are not those of {len(shapes)} cores")
+    return made
 
 
 def trained(message: Message) -> tuple[str, ...] | None:
@@ -115,12 +158,18 @@ def _whole(received: Adapter, orders: dict[str, Any], context: Context) -> Adapt
         kept = context.state.array_records.get(PERSONAL)
         zeros = {key: np.zeros(shape, np.float32) for key, shape in orders["shapes"].items()}
         received = {**chosen(zeros if kept is None else from_record(kept), orders["keeps"]), **received}
+    if STACKS in orders:
+        received = unstacked(received, orders["shapes"])
     whole = {key: received[key] for key in orders.get("shapes", received)}
     return factors.padded(whole, orders["full"]) if "full" in orders else whole
 
 
 def _sent(adapter: Adapter, orders: dict[str, Any]) -> Adapter:
     part = chosen(adapter, orders["sends"])
+    if STACKS in orders:
+        if part.keys() != orders["shapes"].keys():
+            raise ValueError(f"{orders['name']}: the app sends other arrays than came down, such as {min(part)!r}")
+        return stacked({key: part[key] for key in orders["shapes"]})
     return factors.cut(part, orders["rank"]) if "rank" in orders else part
 
 

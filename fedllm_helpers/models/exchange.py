@@ -33,7 +33,8 @@ def set_adapter(model: PeftModel, adapter: Adapter) -> None:
     given = {key: tuple(value.shape) for key, value in adapter.items()}
     if own.keys() != given.keys():
         odd = sorted(own.keys() ^ given.keys())
-        if any(".core." in key for key in own) != any(".core." in key for key in given):
+        lora = all(".lora_" in key for key in given)
+        if lora and any(".core." in key for key in own) != any(".core." in key for key in given):
             here, there = ("cores", "LoRA factors")[:: 1 if cores.tensors(model) else -1]
             raise ValueError(
                 f"this model trains {here}, the adapter has {there}: LoRA-XS is for all nodes, or for none"

@@ -16,7 +16,7 @@ from fedllm_helpers.federation.provenance import fingerprint, provenance
 from fedllm_helpers.study.arms import KEPT, pool, run_all, tuning_config
 from fedllm_helpers.study.lab import ROUNDS, SETTINGS, card_rows, run_arm
 
-RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
+RATES = {"LoRA": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "LoRA-XS": (8e-3, 1.6e-2, 3.2e-2, 6.4e-2)}
 PARTITIONS = ("specialty", "iid")
 SCALE = 4  # α / r, for every rank
 ALL = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
@@ -59,7 +59,7 @@ def many_rounds(cfg: DictConfig, arm: str, seed: int) -> DictConfig:
 def tune(cfg: DictConfig, workers: ProcessPoolExecutor, path: Path) -> dict[str, float]:
     """The best of :data:`RATES` for each kind, by held-out training cards of seed 0, by specialty."""
     tuning = tuning_config(cfg, KEPT)
-    keys = itertools.product(KINDS, RATES)
+    keys = [(kind, rate) for kind in KINDS for rate in RATES[kind.split(" r ")[0]]]
     jobs = {(kind, rate): partial(run_arm, settings(tuning, kind), rate) for kind, rate in keys}
     rows = [
         (kind, rate, found["nll"].sum() / found["tokens"].sum(), len(found["nll"]))
