@@ -7,7 +7,6 @@ A rule says what a round trains and sends, what everyone draws and what clients 
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -127,12 +126,11 @@ class Rule(Wrapper):
         return messages
 
     def _orders(self, adapter: Adapter, rank: int | None) -> dict[str, Any]:
-        orders: dict[str, Any] = {"name": self.name}
-        orders |= {"trains": self.trains(self.number), "sends": self.sends(self.number)}
+        orders: dict[str, Any] = {"name": self.name, "trains": self.trains(self.number)}
+        orders["sends"] = self.sends(self.number)
         if self.draws:
             orders |= {"draws": self.draws, "seed": self.seed, "draw": self.draw()}
-        if self.keeps:
-            orders["keeps"] = self.keeps
+        orders |= {"keeps": self.keeps} if self.keeps else {}
         if self.draws or self.keeps or self.stacks:
             orders["shapes"] = zlib.compress(json.dumps(shapes_of(adapter)).encode(), 9)
         return orders | ({"rank": rank, "full": factors.rank(adapter)} if rank else {})
@@ -148,19 +146,17 @@ class Rule(Wrapper):
     def values(self, adapter: Adapter, clients: int) -> Callable[[int, int, str], tuple[int, int]]:
         """How many numbers a training message holds, by round, client and direction: of the adapter, and of edits.
 
-        For :func:`fedllm_helpers.communication.ledger`, where every client takes part in every round and no message to
-        evaluate carries edits, too. ``adapter`` is any, for its shapes; clients are numbered as their ranks are.
+        For :func:`fedllm_helpers.communication.ledger`, where every client takes part in every round. ``adapter`` is
+        any, for its shapes; clients are numbered as their ranks are.
         """
 
-        def size(number: int, client: int, part: Callable) -> int:
-            return sum(value.size for value in part(number, self.ranks(client) if self.ranks else None).values())
-
         def count(number: int, client: int, direction: str) -> tuple[int, int]:
-            up = partial(self.up, adapter)
+            """Of one message."""
+            ranks = [self.ranks(one) if self.ranks else None for one in range(clients)]
             if direction == "up":
-                return size(number, client, up), 0
-            edit = self.edit_values([size(1, other, up) for other in range(clients)]) if number > 1 else 0
-            return size(number, client, lambda _, rank: self.down(adapter, rank)), edit
+                return _numbers(self.up(adapter, number, ranks[client])), 0
+            edit = self.edit_values([_numbers(self.up(adapter, 1, rank)) for rank in ranks]) if number > 1 else 0
+            return _numbers(self.down(adapter, ranks[client])), edit
 
         return count
 
@@ -203,6 +199,10 @@ class Rule(Wrapper):
         if reply.has_content():
             self.base.confirm(reply.metadata.src_node_id)
         return reply
+
+
+def _numbers(adapter: Adapter) -> int:
+    return sum(value.size for value in adapter.values())
 
 
 class ProductRule(Rule):

@@ -16,7 +16,7 @@ from fedllm_helpers.federation.provenance import fingerprint, provenance
 from fedllm_helpers.study.arms import KEPT, pool, run_all, tuning_config
 from fedllm_helpers.study.lab import ROUNDS, SETTINGS, card_rows, run_arm
 
-RATES = {"LoRA": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "LoRA-XS": (8e-3, 1.6e-2, 3.2e-2, 6.4e-2)}
+LORA_RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
 PARTITIONS = ("specialty", "iid")
 SCALE = 4  # α / r, for every rank
 ALL = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
@@ -45,6 +45,12 @@ LONG = ("LoRA r 1", "LoRA r 16", "LoRA-XS r 16", "LoRA-XS r 64")
 MANY = "federation.num_rounds=12 federation.evaluate_every=1 federation.evaluate_cards=48"  # by specialty
 
 
+def rates_of(kind: str) -> tuple[float, ...]:
+    """The rates tried for a kind: those of cores fall with their size, as each number of a larger core moves more."""
+    name, size = kind.split(",")[0].split(" r ")
+    return LORA_RATES if name == "LoRA" else tuple(part * 0.128 / int(size) for part in (0.25, 0.5, 1, 2))
+
+
 def settings(cfg: DictConfig, arm: str, seed: int = 0, partition: str = PARTITIONS[0]) -> DictConfig:
     """The configuration of an arm."""
     kind, more = ARMS[arm]
@@ -57,9 +63,9 @@ def many_rounds(cfg: DictConfig, arm: str, seed: int) -> DictConfig:
 
 
 def tune(cfg: DictConfig, workers: ProcessPoolExecutor, path: Path) -> dict[str, float]:
-    """The best of :data:`RATES` for each kind, by held-out training cards of seed 0, by specialty."""
+    """The best of :func:`rates_of` each kind, by held-out training cards of seed 0, by specialty."""
     tuning = tuning_config(cfg, KEPT)
-    keys = [(kind, rate) for kind in KINDS for rate in RATES[kind.split(" r ")[0]]]
+    keys = [(kind, rate) for kind in KINDS for rate in rates_of(kind)]
     jobs = {(kind, rate): partial(run_arm, settings(tuning, kind), rate) for kind, rate in keys}
     rows = [
         (kind, rate, found["nll"].sum() / found["tokens"].sum(), len(found["nll"]))
