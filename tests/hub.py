@@ -80,7 +80,7 @@ class Hub:
 
     def __init__(self, root: Path) -> None:
         handler = type("Handler", (_Handler,), {"root": root, "asked": []})
-        self.asked = handler.asked
+        self.root, self.asked = root, handler.asked
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 

@@ -155,3 +155,25 @@ def test_a_copy_in_the_cache_is_read_where_the_hub_cannot_be_asked(course_hub, t
     assert first.returncode == 0, first.stderr[-2000:]
     total, connections = again.stdout.split()
     assert total == first.stdout.strip() and int(connections) <= 2, again.stderr[-2000:]
+
+
+SKETCH = """
+from fedllm_helpers import config, models
+from fedllm_helpers.models import cores
+how = ["federation.aggregation=LoRA-XS", "model.name={name}", "model.dtype={dtype}"]
+model, _ = models.load(config.load("course", "model.quantization=null", *how))
+print(*cores.sketch(model))
+"""
+
+
+@pytest.mark.processes
+def test_factors_of_a_hub_model_come_from_its_files(course_hub, tmp_path):
+    """Held in bfloat16 they are those of the folder, held in float32; also where the hub is gone and a copy is left."""
+    folder = course_hub.root / "models" / "EleutherAI" / "pythia-70m"
+    wanted = run_course(tmp_path, SKETCH.format(name=folder, dtype="float32"), HF_ENDPOINT="http://127.0.0.1:9")
+    for endpoint in (course_hub.url, "http://127.0.0.1:9"):
+        code = SKETCH.format(name="EleutherAI/pythia-70m", dtype="bfloat16")
+        found = run_course(tmp_path, code, HF_ENDPOINT=endpoint)
+        assert found.returncode == 0, found.stderr
+        ours, theirs = (torch.tensor([float(one) for one in done.stdout.split()]) for done in (wanted, found))
+        assert len(ours) == 6 and torch.allclose(ours, theirs, atol=1e-6)
