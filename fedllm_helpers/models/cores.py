@@ -76,13 +76,13 @@ def put_in(model: PeftModel, where: str | None = None) -> None:
     Args:
         model: with a fresh adapter; one without memory (device ``meta``) gets cores of the right size, to be counted.
         where: folder or hub id of the base model, from which weights are read as they are stored, layer by layer,
-            where the model holds them in fewer bits; None: the weights as the model holds them.
+            where the model does not hold them in float32; None: the weights as the model holds them.
 
     Raises:
         ValueError: there is no fresh LoRA adapter alone; or a layer is not linear, smaller than the rank, not finite,
             has equal singular values, or is stored, or without ``where`` held, in few bits.
     """
-    layers = _fresh(model)
+    layers, made = _fresh(model), {}
     weights = _weights(layers, where)
     for name, layer in layers.items():
         start, size = layer.lora_A[NAME].weight, layer.r[NAME]
@@ -95,11 +95,11 @@ def put_in(model: PeftModel, where: str | None = None) -> None:
             except ValueError as error:
                 raise ValueError(f"LoRA-XS: {name}: {error}; leave it out of model.lora.target_modules") from None
             if (rank := int(both[1].any(axis=1).sum())) < size:
-                logger.warning(
-                    "LoRA-XS: the weight of %s has rank %d, and its core learns no more than that", name, rank
-                )
+                logger.warning("LoRA-XS: the weight of %s has rank %d, and its core learns no more", name, rank)
             basis, first = (torch.from_numpy(one).to(start.device, start.dtype) for one in both)
-        layer.lora_A[NAME], layer.lora_B[NAME] = Factor(first), Core(basis)
+        made[name] = Factor(first), Core(basis)
+    for name, layer in layers.items():  # all, or none where one of them cannot
+        layer.lora_A[NAME], layer.lora_B[NAME] = made[name]
 
 
 def bases(weight: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

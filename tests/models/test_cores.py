@@ -403,3 +403,4 @@ def test_a_layer_that_cannot_have_factors_is_named(folder_of, caplog):
     with pytest.raises(ValueError, match="layers.1.self_attn.q_proj: its singular values number 1 and 2 are equal"):
         cores.put_in(model)
     assert "the weight of model.layers.0.self_attn.q_proj has rank 2" in caplog.text
+    assert cores.tensors(model) == {} and len(models.get_adapter(model)) == 4, "no layer was changed"
