@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from families import make
 
 from fedllm_helpers import config, data, models
 
@@ -45,3 +46,17 @@ def wikidoc():
     if not WIKIDOC.is_file():
         pytest.skip("the WikiDoc rows lie outside the project and are not here")
     return WIKIDOC
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory):
+    """A family of small models to its folder, made once, without dropout; a test that changes one copies it."""
+    root, made = tmp_path_factory.mktemp("families"), {}
+    quiet = {"gpt2": {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}, "opt": {"dropout": 0.0}}
+
+    def get(family):
+        if family not in made:
+            made[family] = make(root / family.replace(" ", "-"), family, quiet.get(family))
+        return made[family]
+
+    return get

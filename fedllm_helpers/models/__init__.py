@@ -1,8 +1,8 @@
 """The base model and its adapter: loaded, checked, read and written. Taught in notebook 02.
 
 :mod:`lora` loads a base and puts an adapter on it, :mod:`exchange` takes adapters in and out, :mod:`cores` makes r × r
-cores of it, :mod:`embedded` fetches the model of the package index, :mod:`fitting` finds what does not go together,
-:mod:`editing` adds to a base's weights, and :mod:`process` keeps one per process.
+cores of it from what :mod:`stored` reads, :mod:`embedded` fetches the model of the package index, :mod:`fitting` finds
+what does not go together, :mod:`editing` adds to a base's weights, and :mod:`process` keeps one per process.
 """
 
 from fedllm_helpers.models.exchange import get_adapter, load_adapter, save_adapter, set_adapter

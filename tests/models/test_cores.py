@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from families import CARDS, change, make, settings
+from families import CARDS, change, settings
 from peft import LoraConfig, PeftModel, PsoftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -31,19 +31,6 @@ MATRICES = {
 
 def matrix(shape):
     return np.random.default_rng(sum(shape)).normal(size=shape)
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory):
-    root, made = tmp_path_factory.mktemp("families"), {}
-    quiet = {"gpt2": {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}}
-
-    def get(family):
-        if family not in made:
-            made[family] = make(root / family, family, quiet.get(family))
-        return made[family]
-
-    return get
 
 
 def loaded(folder, family, *more):

@@ -18,19 +18,6 @@ from fedllm_helpers.models import fitting
 CFG = config.load("cpu")
 
 
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory):
-    """A family to its folder, made once; a test that changes one copies it."""
-    root, made = tmp_path_factory.mktemp("families"), {}
-
-    def get(family):
-        if family not in made:
-            made[family] = make(root / family.replace(" ", "-"), family)
-        return made[family]
-
-    return get
-
-
 @pytest.fixture
 def copied(folder_of, tmp_path):
     """A copy of a family's folder, to be changed."""

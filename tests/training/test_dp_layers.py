@@ -6,25 +6,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from families import CARDS, make, settings
+from families import CARDS, settings
 
 from fedllm_helpers import models, training
 from fedllm_helpers.privacy import accounting
 from fedllm_helpers.training import batches, dp_sgd
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory):
-    """A family to its folder, made once, without dropout."""
-    root, made = tmp_path_factory.mktemp("families"), {}
-    quiet = {"gpt2": {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}, "opt": {"dropout": 0.0}}
-
-    def get(family):
-        if family not in made:
-            made[family] = make(root / family, family, quiet.get(family))
-        return made[family]
-
-    return get
 
 
 def prepare(folder, targets, *overrides):
