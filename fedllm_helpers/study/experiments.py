@@ -5,8 +5,8 @@ has its own learning rate, chosen on training cards of seed 0 (some are test car
 and in each comparison one for pooled data, one for a lone hospital and one for a tenth of the cards. ``… analysis``
 takes those rates and scores the arms of notebook 07: the headline, other partitions and schedules, and compressed
 messages. ``… aggregation`` runs the rules of notebook 04, ``… frontier`` cores and small ranks beside compressed
-messages, ``… privacy`` attacks the arms of notebook 05, and ``… views`` its single updates. ``--quick`` is a small grid
-of two minutes.
+messages, ``… privacy`` attacks the arms of notebook 05, ``… views`` its single updates, and ``… crowd`` puts noise on
+the mean of up to 128 hospitals. ``--quick`` is a small grid of two minutes.
 
 What is done is not done again: each arm leaves its scores in ``build/experiments``, and tables are written there after
 each one. Those scores are read back for the same settings, cards and versions of packages: after a change of code,
@@ -29,6 +29,7 @@ from fedllm_helpers.federation.provenance import fingerprint, provenance
 from fedllm_helpers.study.arms import KEPT, finished, pool, run_all, score_arm, tuning_config
 from fedllm_helpers.study.audits import privacy_grid
 from fedllm_helpers.study.control import control_grid
+from fedllm_helpers.study.crowd import crowd_grid
 from fedllm_helpers.study.frontier import frontier_grid
 from fedllm_helpers.study.lab import lab_grid
 from fedllm_helpers.study.results import origin_of, publish, same_origin, write
@@ -162,6 +163,21 @@ def analysis(seeds: list[int], folder: Path, processes: int, names: list[str], q
         publish(stem, folder / stem.name)
 
 
+GRIDS = {
+    "federated": federated,
+    "aggregation": lab_grid,
+    "frontier": frontier_grid,
+    "privacy": privacy_grid,
+    "views": views_grid,
+    "crowd": crowd_grid,
+    "control": control_grid,
+}
+
+
+def _named(arms: dict) -> str:
+    return ", ".join(arms).replace("%", "%%")  # which argparse reads as a place for a value
+
+
 def _kind(arm: str) -> str:
     return "/".join(arm.split("/")[:2])
 
@@ -185,13 +201,11 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
 def main() -> None:
     """Command line of the grids."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument(
-        "grid", choices=["federated", "aggregation", "analysis", "privacy", "views", "control", "frontier"]
-    )
+    parser.add_argument("grid", choices=["analysis", *GRIDS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("notebooks/results"))
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"of analysis: {', '.join(ANALYSIS)}")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"of analysis: {_named(ANALYSIS)}")
     parser.add_argument(
         "--quick", action="store_true", help="analysis only: few cards, one seed, two minutes, into build"
     )
@@ -209,18 +223,8 @@ def _run(arguments: argparse.Namespace) -> None:
         seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
         names = arguments.arms or list(QUICK if arguments.quick else ANALYSIS)
         analysis(seeds, arguments.folder, arguments.processes, names, arguments.quick)
-    elif arguments.grid == "aggregation":
-        lab_grid(arguments.seeds, arguments.folder, arguments.processes)
-    elif arguments.grid == "privacy":
-        privacy_grid(arguments.seeds, arguments.folder, arguments.processes)
-    elif arguments.grid == "control":
-        control_grid(arguments.seeds, arguments.folder, arguments.processes)
-    elif arguments.grid == "frontier":
-        frontier_grid(arguments.seeds, arguments.folder, arguments.processes)
-    elif arguments.grid == "views":
-        views_grid(arguments.seeds, arguments.folder, arguments.processes)
     else:
-        federated(arguments.seeds, arguments.folder, arguments.processes)
+        GRIDS[arguments.grid](arguments.seeds, arguments.folder, arguments.processes)
 
 
 if __name__ == "__main__":

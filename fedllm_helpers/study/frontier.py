@@ -51,15 +51,11 @@ def rates_of(kind: str) -> tuple[float, ...]:
     return LORA_RATES if name == "LoRA" else tuple(part * 0.128 / int(size) for part in (0.25, 0.5, 1, 2))
 
 
-def settings(cfg: DictConfig, arm: str, seed: int = 0, partition: str = PARTITIONS[0]) -> DictConfig:
-    """The configuration of an arm."""
+def settings(cfg: DictConfig, arm: str, seed: int = 0, where: str = PARTITIONS[0]) -> DictConfig:
+    """The configuration of an arm, in a partition, or by specialty over :data:`MANY` rounds."""
     kind, more = ARMS[arm]
-    return config.load(cfg, f"seed={seed}", f"federation.partition={partition}", *f"{KINDS[kind]} {more}".split())
-
-
-def many_rounds(cfg: DictConfig, arm: str, seed: int) -> DictConfig:
-    """The configuration of an arm of :data:`LONG`: 12 rounds, scored after each."""
-    return config.load(settings(cfg, arm, seed), *MANY.split())
+    more += f" {where}" if where == MANY else f" federation.partition={where}"
+    return config.load(cfg, f"seed={seed}", *f"{KINDS[kind]} {more}".split())
 
 
 def tune(cfg: DictConfig, workers: ProcessPoolExecutor, path: Path) -> dict[str, float]:
@@ -90,47 +86,45 @@ def frontier_grid(seeds: list[int], folder: Path, processes: int) -> None:
     cfg, start = config.load("cpu", "federation.threads=1", *SETTINGS), time.perf_counter()
     with pool(processes) as workers:
         rates = tune(cfg, workers, folder / "frontier_rates.csv")
-        keys = [(arm, partition, seed) for partition, seed, arm in itertools.product(PARTITIONS, seeds, ARMS)]
-        jobs = {
-            (arm, partition, seed): partial(run_arm, settings(cfg, arm, seed, partition), rates[ARMS[arm][0]])
-            for arm, partition, seed in keys
-        }
+        arms, long = list(itertools.product(ARMS, seeds)), list(itertools.product(LONG, seeds))
+        keys = [(*key, PARTITIONS[0]) for key in arms] + [(*key, MANY) for key in long]
+        keys += [(*key, PARTITIONS[1]) for key in arms]
+        jobs = {key: partial(run_arm, settings(cfg, *key), rates[ARMS[key[0]][0]]) for key in keys}
         found = dict(run_all(workers, jobs, "arms"))
-        jobs = {
-            (arm, seed): partial(run_arm, many_rounds(cfg, arm, seed), rates[ARMS[arm][0]])
-            for arm, seed in itertools.product(LONG, seeds)
-        }
-        curves = dict(run_all(workers, jobs, "many rounds"))
-    write(folder, cfg, seeds, found, curves)
+    write(folder, cfg, seeds, found)
     more: dict[str, Any] = {"seeds": seeds, "seconds": round(time.perf_counter() - start), "learning_rates": rates}
     more["arms"] = {arm: f"{KINDS[kind]} {changes}".strip() for arm, (kind, changes) in ARMS.items()}
     more |= {"many_rounds": {"arms": list(LONG), "settings": MANY}, "fingerprint": fingerprint(cfg, seeds=seeds)}
     folders.write(folder / "frontier.json", json.dumps(provenance(cfg, **more), indent=1) + "\n")
 
 
-def write(folder: Path, cfg: DictConfig, seeds: list[int], found: dict, curves: dict) -> None:
+def write(folder: Path, cfg: DictConfig, seeds: list[int], found: dict) -> None:
     """The tables of cards, bytes and rounds.
 
     Args:
         folder: of the results.
         cfg: of the grid.
         seeds: of it.
-        found: results of :func:`fedllm_helpers.study.lab.run_arm` by (arm, partition, seed).
-        curves: those with many rounds, by (arm, seed).
+        found: results of :func:`fedllm_helpers.study.lab.run_arm` by (arm, seed, partition or :data:`MANY`).
     """
     cards = []
     for partition, seed in itertools.product(PARTITIONS, seeds):
-        some = {arm: found[arm, partition, seed] for arm in ARMS}
+        some = {arm: found[arm, seed, partition] for arm in ARMS}
         cards.append(card_rows(config.load(cfg, f"seed={seed}"), some).assign(partition=partition))
     folders.write(folder / "frontier_cards.csv", pd.concat(cards).to_csv(index=False))
     rows = [
         (partition, arm, seed, hospital, int(up), int(down))
-        for (arm, partition, seed), one in found.items()
+        for (arm, seed, partition), one in found.items()
+        if partition != MANY
         for hospital, (up, down) in enumerate(zip(one["up"], one["down"], strict=True))
     ]
     table = pd.DataFrame(rows, columns=["partition", "arm", "seed", "hospital", "bytes_up", "bytes_down"])
     folders.write(folder / "frontier_bytes.csv", table.sort_values(list(table)).to_csv(index=False))
-    parts = [pd.DataFrame(one["rounds"], columns=ROUNDS).assign(arm=arm, seed=s) for (arm, s), one in curves.items()]
+    parts = [
+        pd.DataFrame(one["rounds"], columns=ROUNDS).assign(arm=arm, seed=seed)
+        for (arm, seed, where), one in found.items()
+        if where == MANY
+    ]
     table = pd.concat(parts).astype({"round": int, "bytes_up": int, "bytes_down": int})
     order = ["arm", "seed", "round", "nll", "bytes_up", "bytes_down"]
     folders.write(folder / "frontier_rounds.csv", table[order].sort_values(order).round(4).to_csv(index=False))

@@ -247,6 +247,14 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path):
     grid.stdin.close(), grid.stdout.close()
 
 
+def test_the_command_says_what_it_takes(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["experiments", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        experiments.main()
+    said = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0 and all(name in said for name in [*experiments.ANALYSIS, *experiments.GRIDS])
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
