@@ -1,15 +1,23 @@
 """What an adapter gives away, and hospitals that cheat. Taught in notebook 05."""
 
-from fedllm_helpers.attacks.leakage import (
-    Canary,
-    Roc,
-    canaries,
-    exposure,
-    extracted,
-    membership,
-    plant,
-    scores,
-    text_baseline,
-)
+from fedllm_helpers.attacks.leakage import Canary, canaries, candidates, exposure, extracted, plant
+from fedllm_helpers.attacks.members import Roc, membership, relative, scores, smallest, text_baseline
+from fedllm_helpers.attacks.words import gained, named, row_space
 
-__all__ = ["Canary", "Roc", "canaries", "exposure", "extracted", "membership", "plant", "scores", "text_baseline"]
+__all__ = [
+    "Canary",
+    "Roc",
+    "canaries",
+    "candidates",
+    "exposure",
+    "extracted",
+    "gained",
+    "membership",
+    "named",
+    "plant",
+    "relative",
+    "row_space",
+    "scores",
+    "smallest",
+    "text_baseline",
+]

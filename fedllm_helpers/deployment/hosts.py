@@ -120,7 +120,7 @@ def start_node(
 
     Args:
         deployment: whose server it connects to.
-        hospital: from 0; its folder has key and cards.
+        hospital: from 0; its folder has key and cards, and perhaps its ``policy.yaml``.
         options: of ``flower-supernode``, in place of the authority's certificate.
         name: of its folder and process; by default ``hospital-k``.
         secret: private key, in place of the hospital's own.
@@ -131,6 +131,7 @@ def start_node(
     shutil.copy(deployment.folder / SERVER / certificates.AUTHORITY, home / certificates.AUTHORITY)
     trust = options or ("--root-certificates", str(home / certificates.AUTHORITY))
     node = {"partition-id": hospital, "num-partitions": deployment.hospitals, "data": str(home / "data")}
+    node |= {"policy": str(home / "policy.yaml")} if (home / "policy.yaml").exists() else {}
     command = ["flower-supernode", "--superlink", f"{LOOPBACK}:{deployment.port}", "--port", str(_free(None)), *trust]
     command += ["--node-config", " ".join(f"{key}={json.dumps(value)}" for key, value in node.items())]
     if "--insecure" not in options:

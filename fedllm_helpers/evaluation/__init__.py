@@ -9,8 +9,8 @@ from fedllm_helpers.evaluation.scoring import (
     nll_difference,
     perplexity,
     score_answers,
-    token_losses,
 )
+from fedllm_helpers.evaluation.tokens import token_losses, token_scores
 
 __all__ = [
     "AnswerScores",
@@ -22,4 +22,5 @@ __all__ = [
     "perplexity",
     "score_answers",
     "token_losses",
+    "token_scores",
 ]

@@ -1,7 +1,6 @@
 """How good is a model: answer likelihood and greedy answers, each figure with n and an interval."""
 
 import logging
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import takewhile
@@ -11,15 +10,15 @@ import torch
 from datasets import Dataset
 from omegaconf import DictConfig
 from peft import PeftModel
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from fedllm_helpers import limits, models
+from fedllm_helpers import limits
 from fedllm_helpers.config import checked
 from fedllm_helpers.data.prompts import prompt_ids
 from fedllm_helpers.evaluation.intervals import Estimate, bootstrapped
+from fedllm_helpers.evaluation.tokens import token_losses
 from fedllm_helpers.models import fitting
-from fedllm_helpers.training.batches import IGNORED, check_cards, collate, encode, takes_logits_to_keep
+from fedllm_helpers.training.batches import check_cards, encode
 
 logger = logging.getLogger(__name__)
 
@@ -91,31 +90,6 @@ def _fit(cards: list[dict], tokenizer: PreTrainedTokenizerBase, cfg: DictConfig)
         half = len(cards) // 2
         return [one for part in (cards[:half], cards[half:]) for one in _fit(part, tokenizer, cfg)]
     return [True] * len(cards)
-
-
-def token_losses(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    cards: Dataset | list[dict],
-    cfg: DictConfig,
-    *,
-    batch_size: int = 8,
-    description: str | None = None,
-) -> list[np.ndarray]:
-    """Nats of each answer token of each card, in the order of ``cards``; arguments of :func:`score_answers`."""
-    limits.whole("batch_size", batch_size)
-    model.eval()
-    rows = encode(cards, tokenizer, checked(cfg).train.seq_length, cfg.dataset.prompt)
-    order = np.argsort([len(row["input_ids"]) for row in rows], kind="stable")
-    found, keep = [np.zeros(0)] * len(rows), takes_logits_to_keep(model)
-    with _bar(len(rows), description) as bar:
-        for start in range(0, len(rows), batch_size):
-            index = order[start : start + batch_size]
-            losses, mask = _batch_losses(model, collate([rows[i] for i in index], tokenizer, keep))
-            for i, row, wanted in zip(index, losses, mask, strict=True):
-                found[i] = row[wanted]
-            bar.update(len(index))
-    return found
 
 
 def mean_nll(scores: AnswerScores, seed: int = 0) -> Estimate:
@@ -204,23 +178,3 @@ def _answers(
     out = model.generate(**tokens, max_new_tokens=max_new_tokens, **options)[:, tokens["input_ids"].shape[1] :]
     rows = [list(takewhile(lambda token: token not in ends, row)) for row in out.tolist()]
     return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
-
-
-@torch.no_grad()
-def _batch_losses(model: PeftModel, batch: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    batch = {key: value.to(model.device) for key, value in batch.items()}
-    labels = batch.pop("labels")
-    if "logits_to_keep" not in batch:
-        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    batch.pop("shift_labels", None)
-    mask = labels != IGNORED
-    with models.autocast(model):
-        logits = model(**batch, use_cache=False).logits[mask].float()
-    losses = torch.zeros(labels.shape, device=labels.device)
-    losses[mask] = torch.nn.functional.cross_entropy(logits, labels[mask], reduction="none")
-    return losses.double().cpu().numpy(), mask.cpu().numpy()
-
-
-def _bar(total: int, description: str | None) -> tqdm:
-    style = {"unit": "card", "file": sys.stdout, "ncols": 100, "mininterval": 0.5}
-    return tqdm(total=total, desc=description, disable=description is None, **style)

@@ -25,7 +25,6 @@ from fedllm_helpers.communication.compression import Compressed
 from fedllm_helpers.communication.metered import Metered
 from fedllm_helpers.federation.tables import NUMBERS
 from fedllm_helpers.models.editing import scaling
-from fedllm_helpers.privacy import noise
 from fedllm_helpers.privacy.masked import Masked
 from fedllm_helpers.privacy.noised import Noised
 
@@ -120,8 +119,8 @@ def masks(cfg: DictConfig) -> dict:
 
 
 def limits(cfg: DictConfig) -> dict:
-    """What a hospital's reply may say of itself: where privacy is promised, it keeps its losses."""
+    """What a hospital's reply may say of itself: its losses it may keep, unless the strategy weights by them."""
     given = {name: LIMITS[name] for name in NUMBERS if name in LIMITS}
-    needed = {} if noise.silent(cfg) else {"loss-before": LIMITS["loss-before"]}
+    needed = {"loss-before": LIMITS["loss-before"]} if cfg.federation.strategy == "QFedAvg" else {}
     scores = {"nll": LIMITS["nll"]}
     return {"numbers": needed, "optional": given, "scores": scores, "most_examples": cfg.federation.max_cards}

@@ -3,13 +3,13 @@
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
@@ -26,12 +26,25 @@ from fedllm_helpers.data import partitions
 from fedllm_helpers.evaluation.scoring import score_answers
 from fedllm_helpers.models import cores, editing
 from fedllm_helpers.models.process import base_model, cpu_threads
-from fedllm_helpers.privacy import masked_clients, noise
+from fedllm_helpers.privacy import guards, masked_clients, noise, policy, promises
+from fedllm_helpers.privacy.masked_clients import ATTEMPT
 from fedllm_helpers.training import guarantees
 
 logger = logging.getLogger(__name__)
 TIMES = 8  # a card stands in a batch at most: a hospital with few cards takes part with the batch of the others
-app = ClientApp(mods=[packing.client_mod, compression.mod, masked_clients.mod, rules.mod])
+
+
+def _masks(context: Context) -> bool:
+    return bool(settings(context).federation.secure_aggregation.threshold)
+
+
+def _silent(context: Context) -> bool:
+    return noise.silent(settings(context))
+
+
+PROMISED, CLOSED = guards.promised(_masks, _silent), guards.closed(_silent)
+MODS = [packing.client_mod, policy.mod, PROMISED, compression.mod, masked_clients.mod, rules.mod, CLOSED]
+app = ClientApp(mods=MODS)
 masked_clients.register(app, lambda context: len(node_cards(context, int(context.node_config["partition-id"]))[0]))
 
 
@@ -55,7 +68,8 @@ def train(message: Message, context: Context) -> Message:
     """
     cfg, hospital, start = settings(context), int(context.node_config["partition-id"]), time.perf_counter()
     orders, mine = message.content["config"], node_cards(context, hospital)[0]
-    work = _work(cfg, mine, int(orders["server-round"]), hospital)
+    attempt = int(orders.get(ATTEMPT, 0))  # of a masked round; another one trains on other cards, with other noise
+    work = _work(cfg, mine, int(orders["server-round"]), hospital, *([attempt] if attempt else []))
     how = {"learning_rate": float(orders["lr"]), "proximal_mu": float(orders.get("proximal-mu", 0.0))}
     model, tokenizer = _given(cfg, message)
     with cpu_threads(cfg), editing.edited(model, edits.edit_of(message)):
@@ -69,7 +83,7 @@ def train(message: Message, context: Context) -> Message:
     if len(work.probe):
         told |= {"tokens": record.tokens, "loss-before": before, "loss-after": after}
         told |= {"train-seconds": record.seconds, "seconds": time.perf_counter() - start}
-    content = {"arrays": to_record(models.get_adapter(model)), "metrics": MetricRecord(told)}
+    content = {"arrays": to_record(models.get_adapter(model)), "metrics": MetricRecord(told), **work.promise}
     return Message(RecordDict(content), reply_to=message)
 
 
@@ -86,7 +100,8 @@ class Work:
     """What a hospital does in a round: its cards, the training's settings, and the cards on which it measures losses.
 
     Where privacy is promised, there are none of these, and neither losses nor tokens nor seconds leave the hospital;
-    with DP-SGD there is a trainer for it, and ``examples`` is what its plan expects to draw, not what it drew.
+    with DP-SGD there is a trainer for it, ``examples`` is what its plan expects to draw, not what it drew, and
+    ``promise`` tells a hospital's own policy of it.
     """
 
     cards: Dataset
@@ -94,19 +109,22 @@ class Work:
     probe: Dataset
     trainer: partial | None = None
     examples: int = 0
+    promise: dict[str, ConfigRecord] = field(default_factory=dict)
 
 
-def _work(cfg: DictConfig, mine: Dataset, number: int, hospital: int) -> Work:
-    local, plan = training.round_config(cfg, number, hospital), guarantees.record_privacy(cfg, len(mine))
+def _work(cfg: DictConfig, mine: Dataset, *seeds: int) -> Work:
+    local, plan = training.round_config(cfg, *seeds), guarantees.record_privacy(cfg, len(mine))
     if plan is None:
-        cards = cards_of_round(mine, cfg, number, hospital)
+        cards = cards_of_round(mine, cfg, *seeds)
         return Work(cards, local, cards.select([]) if noise.silent(cfg) else _first_batch(cards, local))
     from fedllm_helpers.training import (
         dp_sgd,  # Opacus takes a second to import, and a deployed client is a new process each time
     )
 
-    trainer = dp_sgd.trainer(plan, noise.noise_seed(cfg, 1, number, hospital))  # it draws from all cards
-    return Work(mine, local, mine.select([]), trainer, round(plan.examples / cfg.federation.num_rounds))
+    trainer = dp_sgd.trainer(plan, noise.noise_seed(cfg, 1, *seeds))  # it draws from all cards
+    rounds, seeded = cfg.federation.num_rounds, cfg.federation.privacy.noise_seed is not None
+    said = promises.promise(plan, plan.steps // rounds, seeded=seeded)
+    return Work(mine, local, mine.select([]), trainer, round(plan.examples / rounds), said)
 
 
 def _first_batch(cards: Dataset, local: DictConfig) -> Dataset:
@@ -188,7 +206,7 @@ def check_cards(cfg: DictConfig) -> None:
                 logger.warning("hospital %d: a batch of %d repeats some of its cards (%d)", hospital, batch, len(cards))
 
 
-def cards_of_round(cards: Dataset, cfg: DictConfig, number: int, hospital: int = 0) -> Dataset:
+def cards_of_round(cards: Dataset, cfg: DictConfig, number: int, hospital: int = 0, *more: int) -> Dataset:
     """The cards that a round trains on: fresh ones while there are any, then the next shuffle, from the seed alone.
 
     Nothing has to be remembered between rounds, so a run that was killed goes on with the very same cards.
@@ -197,7 +215,7 @@ def cards_of_round(cards: Dataset, cfg: DictConfig, number: int, hospital: int =
         cards: all of the hospital.
         cfg: of the federation; with ``max_steps`` of −1 a round takes all cards.
         number: of the round, from 1.
-        hospital: mixed into the seed.
+        hospital, more: mixed into the seed.
 
     Raises:
         ValueError: a batch is many times larger than the hospital.
@@ -215,7 +233,7 @@ def cards_of_round(cards: Dataset, cfg: DictConfig, number: int, hospital: int =
     first, last = (number - 1) * wanted, number * wanted
     epochs = range(first // len(cards), (last - 1) // len(cards) + 1)
     order = np.concatenate(
-        [np.random.default_rng([cfg.seed, hospital, epoch]).permutation(len(cards)) for epoch in epochs]
+        [np.random.default_rng([cfg.seed, hospital, epoch, *more]).permutation(len(cards)) for epoch in epochs]
     )
     skipped = first - epochs[0] * len(cards)
     return cards.select(order[skipped : skipped + wanted])

@@ -61,6 +61,10 @@ def main(grid: Grid, context: Context) -> None:
     progress = str(given.get("progress", ""))
     if folder and progress == "lines":
         print(f"rounds are kept in {folder}: a run with this folder in its settings goes on from there", flush=True)
+    if cfg.federation.privacy.noise_seed is not None and not getattr(
+        grid, "lazy", False
+    ):  # in one process all is known
+        logger.warning("federation.privacy.noise_seed is set: whoever knows it can take the noise off; for study only")
     with quiet_flower(), run_folders.alone_in(folder):
         cfg, answers = join(grid, cfg)
         chain, start = compose(cfg), first_adapter(cfg)
@@ -158,16 +162,30 @@ def federate(
     adapter, tables, done = _begin(grid, cfg, adapter, options, chain, len(plan))
     with bar(plan[done:], options.progress == "bar") as shown:
         run, seats = Federation(grid, cfg, chain, tables, shown), {}
+        if done and "seconds" not in tables.history[-1]:
+            _finish(run, options, plan[done - 1], adapter, time.perf_counter())
         for step in plan[done:]:
             names, answers, start = hospitals(grid, cfg, seats, answers), None, time.perf_counter()
             adapter, row = run_round(run, step, adapter, names)
-            if options.evaluate and (step.number == len(plan) or step.number % cfg.federation.evaluate_every == 0):
-                row["nll"] = options.evaluate(adapter)
-            tables.history.append({**row, "seconds": time.perf_counter() - start})
-            if options.progress == "lines":
-                print(report(tables.history[-1], len(plan)), flush=True)
-            _save(run, options, step, adapter)
+            tables.history.append(row)
+            _finish(run, options, step, adapter, start)
     return adapter, tables
+
+
+def _finish(run: Federation, options: Options, step: training.Round, adapter: Adapter, start: float) -> None:
+    """Score a round and keep it; before it is scored, too: what was opened need not be asked for again."""
+    last, every = step.number == run.cfg.federation.num_rounds, run.cfg.federation.evaluate_every
+    row = run.tables.history[-1]
+    if options.evaluate and (last or step.number % every == 0):
+        _save(run, options, step.number, adapter)
+        row["nll"] = options.evaluate(adapter)
+    row["seconds"] = time.perf_counter() - start
+    if options.progress == "lines":
+        print(report(row, run.cfg.federation.num_rounds), flush=True)
+    if options.keep and step.saved:
+        with checkpoints.kept_or_said(options.folder, f"the adapter of round {step.number}"):
+            options.keep(adapter, f"adapters/round-{step.number:06d}")
+    _save(run, options, step.number, adapter)
 
 
 def _begin(
@@ -176,6 +194,8 @@ def _begin(
     """The adapter to start from, the tables so far, and how many rounds are done."""
     chain.rule.begin(1, adapter)  # arrays that do not fit the rule are said before anyone is asked
     before = checkpoints.latest(options.folder, OmegaConf.to_container(cfg)) if options.folder else None
+    if options.folder:
+        resumed.note_openings(options.folder, chain.top)
     if before is None:
         first = [{"round": 0, "nll": options.evaluate(adapter)}] if options.evaluate else []
         return adapter, Tables(first), 0
@@ -187,11 +207,8 @@ def _begin(
     return before.adapter, Tables(before.history, before.clients), before.number
 
 
-def _save(run: Federation, options: Options, step: training.Round, adapter: Adapter) -> None:
-    if options.keep and step.saved:
-        with checkpoints.kept_or_said(options.folder, f"the adapter of round {step.number}"):
-            options.keep(adapter, f"adapters/round-{step.number:06d}")
+def _save(run: Federation, options: Options, number: int, adapter: Adapter) -> None:
     if options.folder:
         rows = (run.tables.history, run.tables.clients)
-        kept = resumed.taken(step.number, adapter, run.chain.top, run.grid, rows)
+        kept = resumed.taken(number, adapter, run.chain.top, run.grid, rows)
         checkpoints.save(options.folder, OmegaConf.to_container(run.cfg), kept)

@@ -8,7 +8,7 @@ learning rate on private cards spends an ε that nobody counts here.
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -39,7 +39,6 @@ class RecordPrivacy:
     examples: int = 0  # expected over all steps; how many were drawn is part of the secret
 
 
-@lru_cache(maxsize=256)
 def epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
     """ε of the Poisson-sampled Gaussian mechanism after so many steps, by Rényi accounting; ∞ without noise.
 
@@ -51,12 +50,27 @@ def epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: floa
         steps: of the mechanism.
         delta: probability with which the promise may fail; well below 1 / records.
     """
-    if noise_multiplier == 0:
-        return math.inf
+    return composed([(noise_multiplier, sample_rate, steps)], delta)
+
+
+def composed(mechanisms: Iterable[tuple[float, float, int]], delta: float) -> float:
+    """ε of several such mechanisms, one after the other, on the same records; 0 after none.
+
+    Args:
+        mechanisms: (noise multiplier, sample rate, steps) of each.
+        delta: as in :func:`epsilon`.
+    """
+    return _composed(tuple(sorted(mechanisms)), delta)
+
+
+@lru_cache(maxsize=256)
+def _composed(mechanisms: tuple[tuple[float, float, int], ...], delta: float) -> float:
+    if not mechanisms or min(mechanisms)[0] == 0:
+        return math.inf if mechanisms else 0.0
     from opacus.accountants import RDPAccountant  # half a second that clients without privacy need not wait
 
     accountant = RDPAccountant()
-    accountant.history = [(noise_multiplier, sample_rate, steps)]
+    accountant.history = list(mechanisms)
     with _quiet_orders():
         return max(0.0, float(accountant.get_epsilon(delta, alphas=ORDERS)))
 

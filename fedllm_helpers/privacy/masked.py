@@ -1,6 +1,7 @@
 """Masks for any Flower app: a strategy whose wrapped one gets the mean of the updates and no single one."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -8,15 +9,22 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from fedllm_helpers.adapters.records import Adapter
 from fedllm_helpers.adapters.screening import Expected, Shapes, screen
 from fedllm_helpers.adapters.updates import LARGEST_SHARE
 from fedllm_helpers.adapters.wrapping import Wrapper
-from fedllm_helpers.privacy.masked_clients import MASKED, SENT
+from fedllm_helpers.privacy.masked_clients import ATTEMPT, MASKED, SENT
 from fedllm_helpers.privacy.masked_rounds import Masks, Session
+
+logger = logging.getLogger(__name__)
 
 
 class Masked(Wrapper):
     """A strategy that gets the mean of its clients' updates and no single one; for :func:`masked_clients.mod`.
+
+    Two sums of the same updates, without one client the second time, differ by that client's. So ``openings``, how
+    often the sum of each round was about to be opened, is given to ``note`` first, which keeps it beyond this process
+    (:mod:`fedllm_helpers.federation.resumed`); and a round that is asked for again is another attempt.
 
     Args:
         strategy: any that averages; each round it gets one reply, the mean.
@@ -31,6 +39,8 @@ class Masked(Wrapper):
     def __init__(self, strategy: Strategy, threshold: int, **options: Any) -> None:
         super().__init__(strategy)
         self.how, self.session, self.known = Masks(threshold, **options), None, False
+        self.openings: dict[int, int] = {}
+        self.note: Callable[[dict[int, int]], None] | None = None
         norms = {inner.clipping_norm for inner in self.within() if hasattr(inner, "clipping_norm")}
         if norms - {self.how.clipping_norm}:
             raise ValueError(
@@ -51,12 +61,17 @@ class Masked(Wrapper):
         Raises:
             ValueError: fewer clients than the threshold are asked; or their apps lack mod and queries.
         """
+        attempt = self.openings.get(server_round, 0)
+        if attempt:
+            said = "round %d: its sum may have been opened before; it is asked for anew, attempt %d, of other updates"
+            logger.warning(said, server_round, attempt)
+            config = ConfigRecord({**config, ATTEMPT: attempt})
         messages = super().configure_train(server_round, arrays, config, grid)
         nodes = sorted(message.metadata.dst_node_id for message in messages)
         if len(nodes) < self.how.threshold:
             raise ValueError(f"threshold={self.how.threshold}: {len(nodes)} clients are asked in a round")
         places = {self.names.get(node, place): node for place, node in enumerate(nodes)}
-        self.session = Session(grid, self.how, server_round, places)
+        self.session = Session(grid, self.how, server_round, places, attempt)
         present = {places[place] for place in self.session.begin(list(places))}
         if not self.session.public and not self.known:
             raise ValueError("no client sends keys: a ClientApp needs masked_clients.mod among its mods, and register")
@@ -83,13 +98,20 @@ class Masked(Wrapper):
                 self.session.add(looked)
             else:
                 self.leave_out(server_round, node, looked.status)
-        opened = self.session.end(self.expected(self.request.metadata.dst_node_id)) if self.session.survivors else None
+        opened = self._opened(server_round)
         if opened is None:
             self.why = self._closed()
             return None, None
         mean = self.as_one(opened[0])
         mean.content["metrics"][LARGEST_SHARE] = opened[1]
         return super().aggregate_train(server_round, [mean])
+
+    def _opened(self, number: int) -> tuple[Adapter, float] | None:
+        if len(self.session.survivors) >= self.how.threshold:
+            self.openings = {**self.openings, number: self.session.attempt + 1}
+            if self.note:
+                self.note(self.openings)
+        return self.session.end(self.expected(self.request.metadata.dst_node_id)) if self.session.survivors else None
 
     def _closed(self) -> str:
         arrived = len(self.session.survivors)

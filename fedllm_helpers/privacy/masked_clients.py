@@ -1,5 +1,12 @@
-"""Secure aggregation on Flower's messages, at a hospital: keys, shares, the mask, and the opening."""
+"""Secure aggregation on Flower's messages, at a hospital: keys, shares, the mask, and the opening.
 
+A mask hides one update, once. So each step of a round is answered once, and in its order; what the server says of the
+others, their keys, their weights and the threshold, has to stay what it was when shares were made; and once a client
+has made keys in a run, it trains for no order without masks.
+"""
+
+import hashlib
+import json
 from collections.abc import Callable
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -10,8 +17,12 @@ from fedllm_helpers.adapters.updates import PASSING, START, update_of
 from fedllm_helpers.privacy import secure_aggregation as secure
 from fedllm_helpers.privacy.noise import clip
 
-# a hospital's secrets, which are nobody else's and in no checkpoint; the server's part of a message; what it gets
-KEPT, SENT, MASKED = f"{PASSING}secrets", "secure", "masked"
+# a hospital's secrets, which are nobody else's and in no checkpoint; the last round for which it masked an update; the
+# server's part of a message; what it gets
+KEPT, LATEST, SENT, MASKED = f"{PASSING}secrets", f"{PASSING}masked round", "secure", "masked"
+
+# in orders, and in a message's ``config`` where it is not 0: a client's app takes other examples, or another seed
+ATTEMPT = "attempt"
 
 
 def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
@@ -19,12 +30,21 @@ def mod(message: Message, context: Context, call_next: Callable[[Message, Contex
 
     The secrets of a round live in the client's state, which on a deployed node is in the memory of its SuperNode, until
     it reveals its shares or makes new keys.
+
+    Raises:
+        ValueError: an order to train without masks after keys were made, a second one under the same keys, or one whose
+            hospitals are others than those that got shares. Nothing is trained.
     """
     kind, given = message.metadata.message_type, message.content.config_records.get(SENT)
     if kind == "query.keys":
-        return _publish(message, context, call_next(message, context))
-    if kind != "train" or given is None:
+        return _publish(message, context, call_next)
+    if kind != "train":
         return call_next(message, context)
+    if given is None:
+        if {KEPT, LATEST} & set(context.state):
+            raise ValueError("this run has masks, and this order to train has none: nothing is sent")
+        return call_next(message, context)
+    _check_orders(given, context)
     del message.content[SENT]
     received, message.content[START] = from_record(message.content["arrays"]), ConfigRecord()
     reply = call_next(message, context)
@@ -51,14 +71,20 @@ def register(app: ClientApp, examples: Callable[[Context], int]) -> None:
 
 
 def shares(message: Message, context: Context) -> Message:
-    """Answer ``query.shares``: an encrypted share of one's seeds for every hospital of the round.
+    """Answer ``query.shares``: an encrypted share of one's seeds for every hospital of the round; once.
 
     Raises:
-        ValueError: there are no secrets of this round, or the threshold is too low.
+        ValueError: there are no secrets of this round, the threshold is too low, or shares were made before.
     """
     given = message.content[SENT]
     me, own, public = _secrets(given, context)
+    kept = context.state[KEPT]
+    if "listed" in kept:
+        raise ValueError(f"round {given['round']}: shares were made already, and are made once")
+    if len(set(public.values())) < len(public):
+        raise ValueError(f"round {given['round']}: two hospitals have the same keys")
     made = secure.make_shares(me, own, public, given["threshold"], given["round"])
+    kept["listed"], kept["agreed"] = _members(given), _agreed(given)
     answer = ConfigRecord({"hospitals": list(made), "shares": list(made.values())})
     return Message(RecordDict({SENT: answer}), reply_to=message)
 
@@ -67,10 +93,13 @@ def reveal(message: Message, context: Context) -> Message:
     """Answer ``query.reveal``: one's shares of what takes the masks off the sum; once.
 
     Raises:
-        ValueError: as :func:`fedllm_helpers.privacy.secure_aggregation.reveal`, or the secrets are gone.
+        ValueError: as :func:`fedllm_helpers.privacy.secure_aggregation.reveal`, or the secrets are gone, no update was
+            masked with them, or the hospitals are others than those among whom it was.
     """
     given = message.content[SENT]
     me, own, public = _secrets(given, context)
+    if context.state[KEPT].get("used") != _members(given) or context.state[KEPT]["agreed"] != _agreed(given):
+        raise ValueError(f"round {given['round']}: hospitals or threshold are not those of the masked update")
     del context.state[KEPT]  # a second question, with other survivors, is not answered
     held, survivors = dict(zip(given["makers"], given["shares"], strict=True)), set(given["survivors"])
     opened = secure.reveal(me, own, public, held, survivors, given["round"], given["threshold"])
@@ -78,11 +107,17 @@ def reveal(message: Message, context: Context) -> Message:
     return Message(RecordDict({SENT: answer}), reply_to=message)
 
 
-def _publish(message: Message, context: Context, reply: Message) -> Message:
+def _publish(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+    orders = message.content[SENT]
+    moment = [orders["round"], orders.get(ATTEMPT, 0)]
+    before = context.state.config_records.get(LATEST, {}).get("moment", [-1, 0])
+    if moment <= before:
+        raise ValueError(f"round {moment[0]}, attempt {moment[1]}: a masked update of it, or of a later one, has left")
+    reply = call_next(message, context)
     if not reply.has_error():
         own, public = secure.make_keys()
-        number, hospital = message.content[SENT]["round"], message.content[SENT]["hospital"]
-        context.state[KEPT] = ConfigRecord({"round": number, "hospital": hospital, **vars(own)})
+        place = {"round": moment[0], ATTEMPT: moment[1], "hospital": orders["hospital"]}
+        context.state[KEPT] = ConfigRecord({**place, **vars(own)})
         reply.content[SENT] = ConfigRecord(vars(public))
     return reply
 
@@ -91,10 +126,36 @@ def _secrets(given: ConfigRecord, context: Context) -> tuple[int, secure.Secrets
     if KEPT not in context.state.config_records:
         raise ValueError("there are no secrets of this round: they were never made, or are revealed already")
     kept = context.state[KEPT]
-    if kept["round"] != given["round"]:
+    if kept["round"] != given["round"] or kept[ATTEMPT] != given.get(ATTEMPT, 0):
         raise ValueError(f"round {given['round']} is asked for, the secrets are of round {kept['round']}")
-    own = secure.Secrets(kept["mask_seed"], kept["self_seed"], kept["cipher_key"])
-    return kept["hospital"], own, _public(given)
+    own, public = secure.Secrets(kept["mask_seed"], kept["self_seed"], kept["cipher_key"]), _public(given)
+    if public.get(kept["hospital"]) != secure.public_half(own):
+        raise ValueError(f"round {given['round']}: this hospital is not in the list, or with other keys than its own")
+    return kept["hospital"], own, public
+
+
+def _check_orders(given: ConfigRecord, context: Context) -> None:
+    _secrets(given, context)
+    kept, number = context.state[KEPT], given["round"]
+    if "used" in kept:
+        raise ValueError(f"round {number}: these keys have masked an update already, and a mask is used once")
+    if "listed" not in kept:
+        raise ValueError(f"round {number}: no shares were made of these keys, and nobody could open the sum")
+    if not set(_members(given)) <= set(kept["listed"]) or kept["agreed"] != _agreed(given):
+        raise ValueError(f"round {number}: hospitals, weights or threshold are not those for which shares were made")
+    if len(given["hospitals"]) < given["threshold"]:
+        raise ValueError(f"round {number}: {len(given['hospitals'])} hospitals, {given['threshold']} are needed")
+
+
+def _members(given: ConfigRecord) -> list[str]:
+    """One text for each hospital in the orders of a round: its number, its weight and its keys."""
+    keys = zip(given["mask_keys"], given["cipher_keys"], given["commitments"], strict=True)
+    whole = zip(given["hospitals"], given["weights"], keys, strict=True)
+    return [hashlib.sha256(f"{k} {weight} {b''.join(some).hex()}".encode()).hexdigest() for k, weight, some in whole]
+
+
+def _agreed(given: ConfigRecord) -> str:
+    return json.dumps([given[name] for name in ("round", "threshold", "value-range", "clipping-norm")])
 
 
 def _masked(update: Adapter, given: ConfigRecord, context: Context) -> ArrayRecord:
@@ -103,6 +164,8 @@ def _masked(update: Adapter, given: ConfigRecord, context: Context) -> ArrayReco
         update = clip(update, given["clipping-norm"])
     code = secure.fixed_point(given["weights"], given["value-range"])
     values = secure.encode(update, dict(zip(given["hospitals"], given["weights"], strict=True))[me], code)
+    context.state[KEPT]["used"] = _members(given)
+    context.state[LATEST] = ConfigRecord({"moment": [given["round"], given.get(ATTEMPT, 0)]})
     return ArrayRecord({MASKED: Array(secure.mask(values, me, own, public, given["round"]))})
 
 

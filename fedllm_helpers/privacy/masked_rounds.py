@@ -22,7 +22,7 @@ from fedllm_helpers.adapters.screening import (
     read_shares,
 )
 from fedllm_helpers.privacy import secure_aggregation as secure
-from fedllm_helpers.privacy.masked_clients import MASKED, SENT
+from fedllm_helpers.privacy.masked_clients import ATTEMPT, MASKED, SENT
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ class Session:
     how: Masks
     number: int
     nodes: dict[int, int]
+    attempt: int = 0  # from 0: how often the sum of this round was opened before, or may have been
     public: dict[int, secure.Public] = field(default_factory=dict)
     weights: dict[int, int] = field(default_factory=dict)
     places: dict[int, int] = field(default_factory=dict)
@@ -73,7 +74,8 @@ class Session:
         Returns:
             The hospitals that take part; none where they are fewer than the threshold.
         """
-        told = {k: ConfigRecord({"round": self.number, "hospital": k}) for k in asked}
+        moment = {"round": self.number, ATTEMPT: self.attempt}
+        told = {k: ConfigRecord({**moment, "hospital": k}) for k in asked}
         for hospital, (public, cards) in self._ask("keys", told):
             self.public[hospital], self.weights[hospital] = public, 1 if self.how.uniform else cards
         self._leave_room()
@@ -105,6 +107,7 @@ class Session:
         return ConfigRecord(
             {
                 "round": self.number,
+                ATTEMPT: self.attempt,
                 "threshold": self.how.threshold,
                 "hospitals": sorted(self.public),
                 "weights": [self.weights[hospital] for hospital in sorted(self.public)],

@@ -106,8 +106,13 @@ def decode(total: np.ndarray, weight: int, code: FixedPoint, like: Adapter) -> A
 def make_keys() -> tuple[Secrets, Public]:
     """Fresh secrets of a hospital for one round, and what it publishes."""
     own = Secrets(os.urandom(SHARE), os.urandom(SHARE), os.urandom(32))
+    return own, public_half(own)
+
+
+def public_half(own: Secrets) -> Public:
+    """What a hospital with these secrets publishes."""
     cipher = X25519PrivateKey.from_private_bytes(own.cipher_key).public_key().public_bytes_raw()
-    return own, Public(_mask_key(own.mask_seed).public_key().public_bytes_raw(), cipher, _hash(own.self_seed))
+    return Public(_mask_key(own.mask_seed).public_key().public_bytes_raw(), cipher, _hash(own.self_seed))
 
 
 def make_shares(me: int, own: Secrets, public: Mapping[int, Public], threshold: int, number: int) -> dict[int, bytes]:
@@ -123,10 +128,10 @@ def make_shares(me: int, own: Secrets, public: Mapping[int, Public], threshold: 
     Raises:
         ValueError: the threshold is not above half, or above all.
     """
-    hospitals = sorted(public)
-    if not len(hospitals) / 2 < threshold <= len(hospitals):
+    hospitals, count = sorted(public), len(public)
+    if not max(count / 2, 1) < threshold <= count:
         raise ValueError(
-            f"a threshold of {threshold} for {len(hospitals)} hospitals: allowed is more than half, up to all"
+            f"a threshold of {threshold} for {count} hospitals: allowed is more than half, from 2 up to all"
         )
     masks, selves = (Shamir.split(threshold, len(hospitals), seed) for seed in (own.mask_seed, own.self_seed))
     shares = {}
@@ -151,14 +156,9 @@ def mask(values: np.ndarray, me: int, own: Secrets, public: Mapping[int, Public]
 
 
 def reveal(
-    me: int,
-    own: Secrets,
-    public: Mapping[int, Public],
-    shares: Mapping[int, bytes],
-    survivors: set[int],
-    number: int,
-    threshold: int,
-) -> dict[int, bytes]:
+    me: int, own: Secrets, public: Mapping[int, Public], shares: Mapping[int, bytes], survivors: set[int],
+    number: int, threshold: int,
+) -> dict[int, bytes]:  # fmt: skip
     """One's share of each hospital's seed: of its own mask where its update arrived, of its pairwise masks otherwise.
 
     Never both: whoever has both could take off every mask.

@@ -59,7 +59,8 @@ class Audit:
     """What attacks found in one adapter.
 
     Attributes:
-        nll, tokens, min_k: per card, members first: summed nats, answer tokens, and the Min-K% score.
+        nll, tokens, min_k, min_k_plus: per card, members first: summed nats, answer tokens, Min-K% and Min-K%++.
+        likelihood: log p of each canary's 1000 candidates, of shape (canaries, 1000).
         exposure, extracted: per canary.
         seconds: of training.
     """
@@ -67,6 +68,8 @@ class Audit:
     nll: np.ndarray
     tokens: np.ndarray
     min_k: np.ndarray
+    min_k_plus: np.ndarray
+    likelihood: np.ndarray
     exposure: np.ndarray
     extracted: np.ndarray
     seconds: float
@@ -113,19 +116,29 @@ def audit(
         cfg: its ``dataset.prompt`` and ``train.seq_length``, as in training.
         seconds: to be noted.
     """
-    losses = [loss for part in (members, others) for loss in evaluation.token_losses(model, tokenizer, part, cfg)]
+    cards = [evaluation.token_scores(model, tokenizer, part, cfg) for part in (members, others)]
+    losses, standing = ([values for part in parts for values in part] for parts in zip(*cards, strict=True))
+    likelihood = [attacks.candidates(model, tokenizer, canary, cfg) for canary in planted]
     return Audit(
         np.array([loss.sum() for loss in losses]),
         np.array([len(loss) for loss in losses]),
         attacks.scores(losses, attack="min-k"),
-        np.array([attacks.exposure(model, tokenizer, canary, cfg) for canary in planted]),
+        attacks.smallest(standing),
+        np.array(likelihood, dtype=np.float32),
+        np.array([attacks.exposure(*given) for given in zip(likelihood, planted, strict=True)]),
         np.array([attacks.extracted(model, tokenizer, canary, cfg) for canary in planted]),
         seconds,
     )
 
 
+def calibrated(found: Audit, reference: Audit, planted: Sequence[attacks.Canary]) -> np.ndarray:
+    """Exposure of each canary by what its candidates gained beyond the reference, in bits."""
+    given = zip(found.likelihood, planted, reference.likelihood, strict=True)
+    return np.array([attacks.exposure(*one) for one in given])
+
+
 def areas(found: Audit, reference: Audit, members: int) -> dict[str, attacks.Roc]:
-    """The three membership attacks on an audited adapter, by name.
+    """The membership attacks on an audited adapter, by name.
 
     Args:
         found: of the adapter.
@@ -133,7 +146,8 @@ def areas(found: Audit, reference: Audit, members: int) -> dict[str, attacks.Roc
         members: how many of the cards were trained on; they come first.
     """
     mean, other = found.nll / found.tokens, reference.nll / reference.tokens
-    scores = {"loss": -mean, "ratio": -mean / np.maximum(other, 1e-6), "min-k": found.min_k}
+    scores = {"loss": -mean, "ratio": -mean / np.maximum(other, 1e-6), "difference": reference.nll - found.nll}
+    scores |= {"min-k": found.min_k, "min-k++": found.min_k_plus}
     return {attack: attacks.membership(score[:members], score[members:]) for attack, score in scores.items()}
 
 

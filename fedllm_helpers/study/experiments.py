@@ -5,8 +5,8 @@ has its own learning rate, chosen on training cards of seed 0 (some are test car
 and in each comparison one for pooled data, one for a lone hospital and one for a tenth of the cards. ``… analysis``
 takes those rates and scores the arms of notebook 07: the headline, other partitions and schedules, and compressed
 messages. ``… aggregation`` runs the rules of notebook 04, ``… frontier`` cores and small ranks beside compressed
-messages, ``… privacy`` attacks the arms of notebook 05, ``… views`` its single updates, and ``… crowd`` puts noise on
-the mean of up to 128 hospitals. ``--quick`` is a small grid of two minutes.
+messages, ``… privacy`` attacks the arms of notebook 05, ``… views`` its single updates, ``… words`` reads words out of
+them, and ``… crowd`` puts noise on the mean of up to 128 hospitals. ``--quick`` is a small grid of two minutes.
 
 What is done is not done again: each arm leaves its scores in ``build/experiments``, and tables are written there after
 each one. Those scores are read back for the same settings, cards and versions of packages: after a change of code,
@@ -34,6 +34,7 @@ from fedllm_helpers.study.frontier import frontier_grid
 from fedllm_helpers.study.lab import lab_grid
 from fedllm_helpers.study.results import origin_of, publish, same_origin, write
 from fedllm_helpers.study.views import views_grid
+from fedllm_helpers.study.words import words_grid
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 FEW_RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)  # where few cards are seen often
@@ -169,6 +170,7 @@ GRIDS = {
     "frontier": frontier_grid,
     "privacy": privacy_grid,
     "views": views_grid,
+    "words": words_grid,
     "crowd": crowd_grid,
     "control": control_grid,
 }

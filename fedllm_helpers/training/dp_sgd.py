@@ -102,7 +102,7 @@ class Private:
         """
         if self.state.global_step < self.args.max_steps:
             raise ValueError(f"{self.state.global_step} of {self.args.max_steps} steps are trained: nothing to promise")
-        return promise(self.plan)
+        return promise(self.plan, self.args.max_steps)
 
     def train(self, *args: Any, **kw: Any) -> Any:
         """Train with per-card gradients, and leave the model without hooks."""

@@ -9,7 +9,7 @@ from flwr.clientapp import ClientApp
 from test_pieces import far, plain, run, start_of
 from transformers import Trainer, TrainingArguments
 
-from fedllm_helpers.privacy import accounting, promises
+from fedllm_helpers.privacy import accounting, policy
 from fedllm_helpers.training import dp_sgd
 
 ROWS = [
@@ -126,10 +126,11 @@ def test_losses_and_settings_that_break_the_promise_are_refused(tmp_path):
         trainer(small_noise(1.0), tmp_path, gradient_accumulation_steps=2)
 
 
-def private_client(tmp_path, mods, noise_multiplier=1.0, trained=True):
-    """Their ClientApp, which trains by a plan and says so in its reply."""
-    app = ClientApp(mods=mods)
-    plan = accounting.plan(len(ROWS), 4, 2, delta=0.01, noise_multiplier=noise_multiplier)
+def private_client(tmp_path, text, trained=True):
+    """Their ClientApp, which trains by a plan and says so in its reply, and follows a policy of its own."""
+    app, file = ClientApp(mods=[policy.mod]), tmp_path / f"{len(list(tmp_path.iterdir()))}.yaml"
+    plan = accounting.plan(len(ROWS), 4, 2, delta=0.01, noise_multiplier=1.0)
+    file.write_text(text)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -144,19 +145,23 @@ def private_client(tmp_path, mods, noise_multiplier=1.0, trained=True):
             RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 12}), **said}), reply_to=message
         )
 
-    return app
+    def node(message: Message, context: Context) -> Message:
+        context.node_config["policy"] = str(file)
+        return app(message, context)
+
+    return node
 
 
 def test_only_what_was_trained_by_a_plan_leaves_a_client(tmp_path, caplog):
     caplog.set_level("INFO")
-    moved = run(plain(), client=private_client(tmp_path, [promises.only_private(1000)]), rounds=1)
+    moved = run(plain(), client=private_client(tmp_path, "largest_epsilon: 1000"), rounds=1)
     assert far(moved, start_of("llama")) > 0
-    untrained = private_client(tmp_path, [promises.only_private(1000)], trained=False)
+    untrained = private_client(tmp_path, "largest_epsilon: 1000", trained=False)
     assert run(plain(), client=untrained, rounds=1) == {}, "Flower's own loop has nothing where every client refused"
-    assert "follows no plan of DP-SGD: nothing is sent" in caplog.text
+    assert "largest_epsilon=1000.0, and this was no DP-SGD" in caplog.text
     caplog.clear()
-    assert run(plain(), client=private_client(tmp_path, [promises.only_private(0.5)]), rounds=1) == {}
-    assert "promises no ε within this client's limit, 0.5: not sent" in caplog.text
+    assert run(plain(), client=private_client(tmp_path, "largest_epsilon: 0.5"), rounds=1) == {}
+    assert "largest_epsilon=0.5 over all runs, and with this round it would be" in caplog.text
     with pytest.raises(ValueError, match="0 of 2 steps are trained: nothing to promise"):
         plan = accounting.plan(len(ROWS), 4, 2, delta=0.01, noise_multiplier=1.0)
         trainer(plan, tmp_path, steps=2).promise()

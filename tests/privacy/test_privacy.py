@@ -38,6 +38,20 @@ def test_epsilon_agrees_with_googles_accountant(noise, rate, steps, delta):
     assert 0.99 * tight < ours < 2.5 * tight  # Rényi accounting promises less than holds, never more
 
 
+def test_mechanisms_one_after_the_other_are_one_long_one():
+    whole = accounting.epsilon(1.2, 0.1, 30, 1e-4)
+    assert accounting.composed([(1.2, 0.1, 10), (1.2, 0.1, 20)], 1e-4) == pytest.approx(whole)
+    both = accounting.composed([(1.2, 0.1, 30), (3.0, 0.5, 4)], 1e-4)
+    assert whole < both < whole + accounting.epsilon(3.0, 0.5, 4, 1e-4)
+    event = [
+        SelfComposedDpEvent(PoissonSampledDpEvent(rate, GaussianDpEvent(noise)), steps)
+        for noise, rate, steps in ((1.2, 0.1, 30), (3.0, 0.5, 4))
+    ]
+    theirs = RdpAccountant(orders=accounting.ORDERS).compose(event[0]).compose(event[1]).get_epsilon(1e-4)
+    assert both == pytest.approx(theirs, rel=0.01)
+    assert accounting.composed([], 1e-4) == 0 and accounting.composed([(0, 0.1, 1), (1, 0.1, 1)], 1e-4) == math.inf
+
+
 def test_the_courses_noise_promises_nothing():
     for rounds, expected in ((2, 2_840), (200, 253_400)):
         assert accounting.epsilon(0.02, 1.0, rounds, 1e-5) == pytest.approx(expected, rel=0.01)

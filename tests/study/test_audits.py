@@ -48,15 +48,18 @@ def test_an_audit_is_read_back(scene, tmp_path, monkeypatch):
         audits.audit_arm(scene, "untuned", 0.0, 2, tmp_path)
 
 
-def test_areas_are_those_of_the_three_scores():
+def test_areas_are_those_of_the_scores():
     rng = np.random.default_rng(0)
     found, before = rng.uniform(10, 30, 40), rng.uniform(20, 40, 40)
     found[:20] -= 8
     nothing, tokens = np.zeros(0), np.full(40, 10)
-    one = audits.Audit(found, tokens, -found, nothing, nothing, 0.0)
-    three = audits.areas(one, audits.Audit(before, tokens, -before, nothing, nothing, 0.0), 20)
+    rest = (nothing, nothing, nothing, 0.0)
+    one = audits.Audit(found, tokens, -found, -2 * found, *rest)
+    three = audits.areas(one, audits.Audit(before, tokens, -before, -before, *rest), 20)
     assert three["loss"].auc == attacks.membership(-found[:20] / 10, -found[20:] / 10).auc
     assert three["min-k"].auc.value == three["loss"].auc.value > 0.7
+    assert three["min-k++"].auc.value == three["min-k"].auc.value
+    assert three["difference"].auc == attacks.membership((before - found)[:20], (before - found)[20:]).auc
     assert three["ratio"].auc == attacks.membership(-(found / before)[:20], -(found / before)[20:]).auc
 
 

@@ -29,7 +29,8 @@ def scene():
 def audit(nll, exposure=(), tokens=10):
     """An audit of these losses: summed nats per card."""
     nll = np.array(nll, dtype=float)
-    return audits.Audit(nll, np.full(len(nll), tokens), -nll, np.array(exposure), np.array(exposure) > 9, 0.0)
+    tokens, likelihood = np.full(len(nll), tokens), np.zeros((len(exposure), 1000))
+    return audits.Audit(nll, tokens, -nll, -nll, likelihood, np.array(exposure), np.array(exposure) > 9, 0.0)
 
 
 def flat(adapter):

@@ -1,0 +1,219 @@
+"""A hospital's own policy: what may leave it, whatever a server orders; and its ledger of what has left.
+
+A node that is started with ``--node-config policy=FILE`` follows the YAML file of that name, with the keys of
+:class:`Policy`; its app has :func:`mod` among its mods, and where it trains by DP-SGD says so in its reply
+(:mod:`promises`). What the policy forbids is refused in one line that says nothing about the cards. Server and settings
+cannot change it; other *code* could, and a deployed run brings its code along: it binds those who read or sign that.
+``python -m fedllm_helpers.policy FILE`` says what it allows, what is spent and what is left.
+"""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message
+from omegaconf import OmegaConf
+
+from fedllm_helpers.adapters.records import from_record
+from fedllm_helpers.privacy.ledger import MECHANISM, NOISE, ROUND, Ledger
+from fedllm_helpers.privacy.masked_clients import ATTEMPT, SENT
+from fedllm_helpers.privacy.promises import PROMISE
+
+logger = logging.getLogger(__name__)
+LOSSES = ("loss-before", "loss-after", "tokens", "seconds", "train-seconds")
+
+
+class Refused(ValueError):
+    """What this hospital's policy forbids; the line may be sent to the server."""
+
+
+def _key(default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"meaning": meaning})
+
+
+@dataclass
+class Policy:
+    """What a hospital allows. Null sets no limit."""
+
+    ledger: str | None = _key(None, "file of what was answered, over all runs; null is beside the policy, .ledger")
+    largest_epsilon: float | None = _key(None, "ε of any one card by DP-SGD, over all rounds of all runs")
+    delta: float = _key(1e-5, "at which that ε is counted; well below 1 / cards")
+    least_noise_multiplier: float | None = _key(None, "of a step of DP-SGD, in clipping norms")
+    largest_clipping_norm: float | None = _key(
+        None, "of a card's gradient in DP-SGD; of an update behind masks, where noise is added"
+    )
+    most_rounds: int | None = _key(None, "answered over all runs; one that is sent again counts again")
+    least_hospitals: int | None = _key(None, "that open a masked sum; without masks nothing leaves")
+    scores: bool = _key(True, "whether scores of held-out cards may leave in a run that promises no privacy")
+    losses: bool = _key(True, "whether losses, tokens and seconds may leave in a run that promises no privacy")
+    rules: list[str] | None = _key(None, "of combining adapters that are followed, by name; FedIT is the plain average")
+    known_noise: bool = _key(False, "whether a run may know the seed of the noise, and so take it off")
+
+
+def load(path: str | Path) -> Policy:
+    """Read a policy.
+
+    Raises:
+        ValueError: an unknown key, a wrong type or a value out of its limits, in one line.
+        OSError: the file cannot be read.
+    """
+    try:
+        given = OmegaConf.load(Path(path).expanduser())
+        found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Policy), given))
+    except OSError:
+        raise
+    except Exception as error:  # of YAML and of OmegaConf, a dozen types
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}; known are {_names()}") from None
+    _check(found, path)
+    found.ledger = found.ledger or str(Path(path).expanduser().with_suffix(".ledger"))
+    return found
+
+
+def _names() -> str:
+    return ", ".join(one.name for one in fields(Policy))
+
+
+def _check(found: Policy, path: str | Path) -> None:
+    above = ("largest_epsilon", "least_noise_multiplier", "largest_clipping_norm")
+    limits = {name: (lambda value: 0 < value < math.inf, "numbers above 0") for name in above}
+    limits["delta"] = (lambda value: 0 < value < 0.1, "numbers above 0 and below 0.1")
+    limits["most_rounds"] = (lambda value: value >= 0, "whole numbers from 0")
+    limits["least_hospitals"] = (lambda value: value >= 2, "whole numbers from 2")
+    for name, (fits, allowed) in limits.items():
+        value = getattr(found, name)
+        if value is not None and not fits(value):
+            raise ValueError(f"{path}: {name}={value!r}: allowed are {allowed}")
+
+
+def of(context: Context) -> Policy | None:
+    """The policy of a node; None where it was started without one.
+
+    Raises:
+        Refused: it has one that cannot be read; why is written to the node's own log alone.
+    """
+    if "policy" not in context.node_config:
+        return None
+    try:
+        return load(str(context.node_config["policy"]))
+    except (ValueError, OSError) as error:
+        logger.error("%s", error)
+        raise Refused("this hospital's policy cannot be read, and so nothing leaves; see the node's own log") from None
+
+
+def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+    """Flower client mod: holds every order against the policy before anything is done; it stands first.
+
+    Raises:
+        Refused: the policy forbids what is ordered.
+    """
+    policy, kind = of(context), message.metadata.message_type
+    if policy is None:
+        reply = call_next(message, context)
+        if not reply.has_error():
+            reply.content.pop(PROMISE, None)  # it is nobody else's
+        return reply
+    if SENT in message.content.config_records and kind != "query.keys":
+        _check_masks(policy, message)
+    if kind == "evaluate" and not policy.scores:
+        raise Refused("this hospital's policy: scores=false")
+    if kind != "train":
+        return call_next(message, context)
+    entry = _entry(message, context)
+    _check_round(policy, entry)
+    reply = call_next(message, context)
+    if reply.has_error():
+        return reply
+    given = reply.content.pop(PROMISE, None)
+    _check_noise(policy, given)
+    for name in () if policy.losses else LOSSES:
+        reply.content["metrics"].pop(name, None)
+    _book(policy, context.run_id, entry, given)
+    return reply
+
+
+def _check_masks(policy: Policy, message: Message) -> None:
+    given, least = message.content[SENT], policy.least_hospitals
+    if least and min(given["threshold"], len(given["hospitals"])) < least:
+        raise Refused(f"this hospital's policy: least_hospitals={least}, and {given['threshold']} would open the sum")
+    limit, clip = policy.largest_clipping_norm, given["clipping-norm"]
+    if limit and clip and clip > limit:
+        raise Refused(f"this hospital's policy: largest_clipping_norm={limit}, and the order says {clip}")
+
+
+def _entry(message: Message, context: Context) -> dict[str, Any]:
+    """What the ledger keeps of an order to train."""
+    config = message.content.config_records.get("config", {})
+    masked, rule = SENT in message.content.config_records, message.content.config_records.get("rule", {})
+    number, moment = int(config.get("server-round", 0)), int(config.get(ATTEMPT, 0))
+    update = _key_of(message, [number, moment, dict(sorted(context.run_config.items()))])
+    return {"number": number, "masked": masked, "rule": str(rule.get("name", "FedIT")), "update": update}
+
+
+def _check_round(policy: Policy, entry: dict[str, Any]) -> None:
+    if policy.least_hospitals and not entry["masked"]:
+        raise Refused(f"this hospital's policy: least_hospitals={policy.least_hospitals}, and this order has no masks")
+    if policy.rules is not None and entry["rule"] not in policy.rules:
+        raise Refused(f"this hospital's policy: rules={', '.join(policy.rules)}, and the order is {entry['rule']}")
+    answered = _known(Ledger(policy.ledger))
+    if policy.most_rounds is not None and len(answered) >= policy.most_rounds:
+        raise Refused(f"this hospital's policy: most_rounds={policy.most_rounds}, all answered")
+    if policy.largest_epsilon is not None and Ledger(policy.ledger).epsilon(policy.delta) >= policy.largest_epsilon:
+        raise Refused(f"this hospital's policy: largest_epsilon={policy.largest_epsilon} over all runs, all spent")
+    if entry["masked"] and any(one.get("masked") and one.get("update") == entry["update"] for one in answered):
+        raise Refused("this very update left behind masks before, and two sums with it could be told apart")
+
+
+def _known(ledger: Ledger, kind: str = ROUND) -> list[dict[str, Any]]:
+    try:
+        return ledger.entries(kind)
+    except ValueError as error:
+        logger.error("%s", error)
+        raise Refused("this hospital's ledger cannot be read, and so nothing leaves; see the node's own log") from None
+
+
+def _key_of(message: Message, more: list) -> str:
+    """The same for orders that lead to the same update: what came down, the round, its attempt and the settings."""
+    found = hashlib.sha256(json.dumps(more, default=str).encode())
+    for name, record in sorted(message.content.array_records.items()):
+        for key, value in from_record(record).items():
+            found.update(f"{name} {key} {value.dtype} {value.shape}".encode())
+            found.update(value.tobytes())
+    return found.hexdigest()
+
+
+def _check_noise(policy: Policy, given: ConfigRecord | None) -> None:
+    """Hold what an app says of its training against the policy."""
+    if given is None:
+        for name in ("largest_epsilon", "least_noise_multiplier"):
+            if getattr(policy, name) is not None:
+                raise Refused(f"this hospital's policy: {name}={getattr(policy, name)}, and this was no DP-SGD")
+        return
+    if given["seeded"] and not policy.known_noise:
+        raise Refused("this hospital's policy: known_noise=false, and the settings name the seed of the noise")
+    least, most = policy.least_noise_multiplier, policy.largest_clipping_norm
+    if least is not None and not given["noise"] >= least:
+        raise Refused(f"this hospital's policy: least_noise_multiplier={least}, and this was {given['noise']:.4g}")
+    if most is not None and not given["clipping-norm"] <= most:
+        raise Refused(
+            f"this hospital's policy: largest_clipping_norm={most}, and this was {given['clipping-norm']:.4g}"
+        )
+
+
+def _book(policy: Policy, run: int, entry: dict[str, Any], given: ConfigRecord | None) -> None:
+    """Write down what leaves now, unless another run took what was left while this one trained."""
+    ledger = Ledger(policy.ledger)
+    with ledger.held():
+        _check_round(policy, entry)
+        if given is not None:
+            mechanism = (given["noise"], given["rate"], given["steps"])
+            after = ledger.epsilon(policy.delta, [mechanism])
+            if policy.largest_epsilon is not None and after > policy.largest_epsilon:
+                limit = f"largest_epsilon={policy.largest_epsilon} over all runs"
+                raise Refused(f"this hospital's policy: {limit}, and with this round it would be {after:.3g}")
+            ledger.add(NOISE, run, **dict(zip(MECHANISM, mechanism, strict=True)))
+        ledger.add(ROUND, run, **entry)
