@@ -109,11 +109,13 @@ def _check_privacy(cfg: DictConfig) -> None:
             f"federation.privacy.record: epsilon={how.record.epsilon} and "
             f"noise_multiplier={how.record.noise_multiplier} are both set; the one follows from the other, so set one"
         )
+    if how.record.cards_per_patient is not None and not _promises(cfg)[0]:
+        raise ValueError("federation.privacy.record.cards_per_patient says whom DP-SGD protects: set epsilon, too")
     if any(_promises(cfg)):
         _check_silence(cfg)
     if _promises(cfg)[0]:
         _check_dp_sgd(cfg)
-    if secure and not cfg.federation.compression.up == "fp32":
+    if secure and cfg.federation.compression.up != "fp32":
         raise ValueError("federation.compression.up: masked updates have a format of their own; set it to fp32")
     if secure and cfg.federation.compression.keep < 1:
         raise ValueError("federation.compression.keep: the largest values are not the same everywhere; set it to 1")

@@ -109,6 +109,11 @@ class RecordPrivacy:
     )
     clipping_norm: float = _setting(1.0, "largest norm of one card's gradient", low=1e-9, high=1e6)
     delta: float = _setting(1e-3, "probability that the promise fails; below 1 / cards", low=1e-30, high=0.1)
+    cards_per_patient: int | None = _setting(
+        None,
+        "protects whole patients (the column patient_id), each with so many cards at most; null protects cards",
+        low=1,
+    )
 
 
 @dataclass

@@ -23,8 +23,8 @@ PAIRS = {
     "problem": "solution",
 }
 CHATS = ("messages", "conversations", "conversation")
-OPTIONAL = ("context", "specialty", "card_id", "earlier_turns")
-ROLES = ("question", "answer", "context", "specialty", "card_id", "messages", "input")  # that dataset.columns may map
+OPTIONAL = ("context", "specialty", "card_id", "patient_id", "earlier_turns")
+ROLES = ("question", "answer", "context", "specialty", "card_id", "patient_id", "messages", "input")  # for the settings
 EXPECTED = (
     "expected 'question' and 'answer', 'instruction' (and 'input') and 'output', 'prompt' and 'completion', "
     "'messages', or others named by dataset.columns.question=… and dataset.columns.answer=…"
@@ -116,7 +116,7 @@ def _pair(free: dict[str, str], mapped: dict[str, str], there: str) -> dict[str,
 
 
 def _cards(table: Table, role: dict[str, str], same: bool) -> Dataset:
-    left, cut = {}, []
+    left, cut, keep, seen = {}, [], [], set()
     if _of_turns(table, role):
         cards = _from_turns(table, role, left, cut)
     else:
@@ -126,7 +126,6 @@ def _cards(table: Table, role: dict[str, str], same: bool) -> Dataset:
         if wrong:
             raise ValueError(f"{table.name}: row {wrong}: earlier_turns is no list of turns with role and content")
     refused = {row for rows in left.values() for row in rows}
-    keep, seen = [], set()
     for row, card in enumerate(zip(cards["question"], cards["answer"], cards["earlier_turns"], strict=True), 1):
         if row in refused:
             continue
@@ -140,10 +139,11 @@ def _cards(table: Table, role: dict[str, str], same: bool) -> Dataset:
     _say(table, role, left, sorted(set(cut) - refused), same)
     if not keep:
         raise ValueError(f"{table.name}: no card with a question and an answer in {len(table.frame)} rows{_list(left)}")
-    cards["specialty"] = [text or "general" for text in _texts(table, role, "specialty")]
-    ids, stem = _texts(table, role, "card_id"), Path(table.name).stem
-    cards["card_id"] = [text or f"{stem}-{row}" for row, text in enumerate(ids)]
-    names = ["question", "answer", "specialty", "card_id", *(["earlier_turns"] if any(cards["earlier_turns"]) else [])]
+    cards |= {name: _texts(table, role, name) for name in ("specialty", "card_id", "patient_id")}
+    cards["specialty"] = [text or "general" for text in cards["specialty"]]
+    cards["card_id"] = [text or f"{Path(table.name).stem}-{row}" for row, text in enumerate(cards["card_id"])]
+    names = ["question", "answer", "specialty", "card_id"]
+    names += [name for name in ("patient_id", "earlier_turns") if any(cards[name])]
     cards = {name: [cards[name][row] for row in keep] for name in names}
     _check_encodable(table, cards, keep)
     return Dataset.from_dict(cards)

@@ -113,7 +113,7 @@ class Work:
 
 
 def _work(cfg: DictConfig, mine: Dataset, *seeds: int) -> Work:
-    local, plan = training.round_config(cfg, *seeds), guarantees.record_privacy(cfg, len(mine))
+    local, (plan, some, owners) = training.round_config(cfg, *seeds), guarantees.planned(cfg, mine)
     if plan is None:
         cards = cards_of_round(mine, cfg, *seeds)
         return Work(cards, local, cards.select([]) if noise.silent(cfg) else _first_batch(cards, local))
@@ -121,10 +121,10 @@ def _work(cfg: DictConfig, mine: Dataset, *seeds: int) -> Work:
         dp_sgd,  # Opacus takes a second to import, and a deployed client is a new process each time
     )
 
-    trainer = dp_sgd.trainer(plan, noise.noise_seed(cfg, 1, *seeds))  # it draws from all cards
+    trainer = dp_sgd.trainer(plan, noise.noise_seed(cfg, 1, *seeds), owners)  # it draws from all cards
     rounds, seeded = cfg.federation.num_rounds, cfg.federation.privacy.noise_seed is not None
     said = promises.promise(plan, plan.steps // rounds, seeded=seeded)
-    return Work(mine, local, mine.select([]), trainer, round(plan.examples / rounds), said)
+    return Work(some, local, mine.select([]), trainer, round(plan.examples / rounds), said)
 
 
 def _first_batch(cards: Dataset, local: DictConfig) -> Dataset:
@@ -200,7 +200,7 @@ def check_cards(cfg: DictConfig) -> None:
     """Raise ValueError, in one line and before anyone trains, for hospitals whose cards the settings do not fit."""
     for hospital in range(cfg.federation.num_clients):
         cards = own_cards(cfg, hospital)[0]
-        if guarantees.record_privacy(cfg, len(cards)) is None:
+        if guarantees.planned(cfg, cards)[0] is None:
             batch = len(_first_batch(cards_of_round(cards, cfg, 1, hospital), training.round_config(cfg)))
             if batch > len(cards):
                 logger.warning("hospital %d: a batch of %d repeats some of its cards (%d)", hospital, batch, len(cards))

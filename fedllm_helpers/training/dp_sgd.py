@@ -18,15 +18,19 @@ from fedllm_helpers.training.batches import IGNORED
 from fedllm_helpers.training.fine_tuning import AdapterTrainer
 
 
-def trainer(plan: RecordPrivacy | None, seed: np.random.SeedSequence) -> partial | None:
+def trainer(
+    plan: RecordPrivacy | None, seed: np.random.SeedSequence, owners: np.ndarray | None = None
+) -> partial | None:
     """What :func:`fedllm_helpers.training.fine_tune` takes as ``trainer``: DP-SGD by a plan; None without one.
 
     Args:
         plan: from :func:`fedllm_helpers.privacy.guarantees.record_privacy`.
         seed: of the sampling and the noise; whoever knows it can take the noise off. Generators of torch keep 32 bits
             of theirs, which can be tried out one by one: numpy's keep all.
+        owners: whose each card is, numbers from 0, where whole patients are protected
+            (:func:`fedllm_helpers.training.guarantees.planned`).
     """
-    return None if plan is None else partial(PrivateTrainer, plan=plan, seed=seed)
+    return None if plan is None else partial(PrivateTrainer, plan=plan, seed=seed, owners=owners)
 
 
 def _refusal(name: str, cards: int) -> str:
@@ -37,7 +41,7 @@ def _refusal(name: str, cards: int) -> str:
     )
 
 
-EXAMPLES = "examples of a batch"  # beside the collator's own entries
+EXAMPLES, OWNERS = "examples of a batch", "owners of a batch"  # beside the collator's own entries
 LEFT_BEHIND = {"activations", "max_batch_len", "grad_sample", "summed_grad", "_forward_counter", "_current_grad_sample"}
 
 
@@ -75,11 +79,22 @@ class Private:
     """What makes a Trainer private (Abadi et al. 2016, arXiv:1607.00133): Poisson batches, clipped gradients, noise.
 
     Examples' losses are summed: with a mean over the tokens of a batch, one example would change the gradients of the
-    others, and clipping would no longer bound what it does.
+    others, and clipping would no longer bound what it does. Where ``owners`` say whose each example is, a step draws
+    owners with all of their examples, and what is clipped is the mean gradient of one owner's.
     """
 
-    def __init__(self, *args: Any, plan: RecordPrivacy, seed: np.random.SeedSequence, **kw: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        plan: RecordPrivacy,
+        seed: np.random.SeedSequence,
+        owners: np.ndarray | None = None,
+        **kw: Any,
+    ) -> None:
         super().__init__(*args, **kw)
+        if owners is not None and len(owners) != len(self.train_dataset):
+            raise ValueError(f"owners: {len(owners)} numbers for {len(self.train_dataset)} examples")
+        self.owners = owners
         if getattr(self, "mu", 0) or self.args.gradient_accumulation_steps != 1:
             raise ValueError("DP-SGD goes with neither FedProx nor gradient_accumulation_steps above 1")
         if self.args.max_steps < 1:
@@ -129,15 +144,17 @@ class Private:
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """Each step takes each card with the same small probability, so that a batch may be large, small or empty."""
-        draws = (self.sampling.random(len(self.train_dataset)) for _ in range(self.args.max_steps))
-        batches = [np.flatnonzero(draw < self.plan.sample_rate).tolist() for draw in draws]
-        collate = self.data_collator
+        rows, collate, owners = self.train_dataset, self.data_collator, self.owners
+        mine = np.arange(len(rows)) if owners is None else owners
+        draws = (self.sampling.random(mine.max(initial=-1) + 1) for _ in range(self.args.max_steps))
+        batches = [np.flatnonzero(draw[mine] < self.plan.sample_rate).tolist() for draw in draws]
 
-        def counted(rows: list[Any]) -> dict[str, Any]:
-            """The batch, with the number of its examples."""
-            return {**collate(rows), EXAMPLES: len(rows)} if rows else {}
+        def counted(numbers: list[int]) -> dict[str, Any]:
+            """The batch, with the number of its examples, and whose they are."""
+            whose = {} if owners is None else {OWNERS: mine[numbers].tolist()}
+            return {**collate([rows[n] for n in numbers]), EXAMPLES: len(numbers), **whose} if numbers else {}
 
-        return torch.utils.data.DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=counted)
+        return torch.utils.data.DataLoader(range(len(rows)), batch_sampler=batches, collate_fn=counted)
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """The configured optimiser, fed with the noisy sum of clipped gradients over the expected batch."""
@@ -156,7 +173,7 @@ class Private:
     ) -> torch.Tensor:
         """A step whose loss is the mean over its cards; an empty batch steps too, by noise alone."""
         self.optimizer.zero_grad()
-        self.cards = inputs.pop(EXAMPLES, 0)
+        self.cards, whose = inputs.pop(EXAMPLES, 0), inputs.pop(OWNERS, None)
         loss = torch.zeros((), device=self.model.device)
         if inputs:
             loss = super().training_step(model, inputs, *rest, **kw) / self.cards
@@ -164,7 +181,8 @@ class Private:
             idle = p.grad_sample is None and (p.grad is None or not p.grad.any())  # a tower of a model for images
             if not idle and (not torch.is_tensor(p.grad_sample) or len(p.grad_sample) != self.cards):
                 raise ValueError(_refusal(name, self.cards))
-            p.grad_sample = p.new_zeros((self.cards, *p.shape)) if idle else p.grad_sample.float()
+            grads = p.new_zeros((self.cards, *p.shape)) if idle else p.grad_sample.float()
+            p.grad_sample = grads if whose is None else _by_owner(grads, whose)
         return loss
 
     def _check_rows(self, name: str, layer: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
@@ -185,6 +203,15 @@ class Private:
         if losses.shape != (self.cards,):
             raise ValueError(f"DP-SGD: losses have the shape {tuple(losses.shape)}, expected is ({self.cards},)")
         return losses.sum()
+
+
+def _by_owner(grads: torch.Tensor, whose: list[int]) -> torch.Tensor:
+    """The mean gradient of each owner's examples: (examples, …) to (owners, …)."""
+    _, place, counts = np.unique(whose, return_inverse=True, return_counts=True)
+    sums = grads.new_zeros((len(counts), *grads.shape[1:])).index_add_(
+        0, torch.from_numpy(place).to(grads.device), grads
+    )
+    return sums / torch.from_numpy(counts).to(sums).view(-1, *[1] * (grads.ndim - 1))
 
 
 class PrivateTrainer(Private, AdapterTrainer):

@@ -1,13 +1,55 @@
 """What the settings of a federation promise: (ε, δ) of DP-SGD at each hospital, and of noise on the average."""
 
+import logging
 import math
 from collections.abc import Iterable
 
+import numpy as np
 import pandas as pd
+from datasets import Dataset
 from omegaconf import DictConfig
 
 from fedllm_helpers.privacy.accounting import RecordPrivacy, epsilon, plan
 from fedllm_helpers.training.fine_tuning import round_config
+
+logger = logging.getLogger(__name__)
+
+
+def _owned(cfg: DictConfig, cards: Dataset) -> tuple[Dataset, np.ndarray | None]:
+    """The cards that DP-SGD may use, and whose each is.
+
+    Of a patient with more than ``federation.privacy.record.cards_per_patient`` so many are chosen, by the seed; a card
+    without ``patient_id`` is a patient of its own. The promise is about a hospital's own patients: one who is also at
+    another hospital is protected by neither ε alone.
+
+    Raises:
+        ValueError: the cards do not say whose they are.
+    """
+    most = cfg.federation.privacy.record.cards_per_patient
+    if most is None:
+        return cards, None
+    if "patient_id" not in cards.column_names:
+        said = f"federation.privacy.record.cards_per_patient={most}: the cards have no column patient_id"
+        raise ValueError(f"{said}; dataset.columns.patient_id=… names one, null protects single cards")
+    names = [text or f"card {number}" for number, text in enumerate(cards["patient_id"])]
+    order = pd.Series(names).iloc[np.random.default_rng([cfg.seed, 8]).permutation(len(cards))]
+    kept = np.sort(order.index[order.groupby(order).cumcount() < most])
+    if len(kept) < len(cards):
+        said = "federation.privacy.record.cards_per_patient=%d: %d of %d cards are left out of the training"
+        logger.warning(said, most, len(cards) - len(kept), len(cards))
+    return cards.select(kept), pd.factorize(pd.Series(names).iloc[kept])[0]
+
+
+def planned(cfg: DictConfig, cards: Dataset) -> tuple[RecordPrivacy | None, Dataset, np.ndarray | None]:
+    """The DP-SGD of a hospital with these cards (:func:`record_privacy`), the cards that it may use, and their owners.
+
+    Owners are numbers of patients, one for each card; None where each card stands for itself.
+
+    Raises:
+        ValueError: settings that no DP-SGD can follow, or cards that do not say whose they are.
+    """
+    some, owners = _owned(cfg, cards)
+    return record_privacy(cfg, len(some) if owners is None else int(owners.max()) + 1), some, owners
 
 
 def record_privacy(cfg: DictConfig, cards: int) -> RecordPrivacy | None:
@@ -15,7 +57,7 @@ def record_privacy(cfg: DictConfig, cards: int) -> RecordPrivacy | None:
 
     Args:
         cfg: its ``federation.privacy.record`` gives ε, and the noise follows, or the noise, and ε follows.
-        cards: that the hospital trains on; how many is not a secret here.
+        cards: that the hospital trains on, or its patients, where these are protected; how many is not a secret here.
 
     A run that is killed in the middle of a round and goes on sends that round twice: it is paid for twice, and counted
     once.
@@ -28,14 +70,14 @@ def record_privacy(cfg: DictConfig, cards: int) -> RecordPrivacy | None:
         return None
     given = round_config(cfg).train.training_arguments
     batch, steps = given.get("per_device_train_batch_size", 8), given.get("max_steps", -1)
-    where = "federation.training_arguments"
+    where, what = "federation.training_arguments", "cards" if how.cards_per_patient is None else "patients"
     if batch > cards:
         raise ValueError(
-            f"{where}.per_device_train_batch_size={batch}: a hospital has {cards} cards, allowed are 1 to that"
+            f"{where}.per_device_train_batch_size={batch}: a hospital has {cards} {what}, allowed are 1 to that"
         )
     if how.delta >= 1 / cards:
         raise ValueError(
-            f"federation.privacy.record.delta={how.delta} is not below 1 / {cards} cards of a hospital: it promises "
+            f"federation.privacy.record.delta={how.delta} is not below 1 / {cards} {what} of a hospital: it promises "
             "nothing; make it smaller"
         )
     noise, target = how.noise_multiplier, how.epsilon if how.noise_multiplier is None else None

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
@@ -204,6 +205,82 @@ def test_a_step_is_the_sum_of_clipped_gradients_of_single_cards(exact, cards):
     before = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
     step = (before - moved) / 0.1
     assert float((step - clipped).norm() / clipped.norm()) < 0.01  # an order of magnitude below one card's share
+
+
+def test_a_step_clips_the_mean_gradient_of_each_patient(exact, cards):
+    """Six cards of three patients, one of whom has three: against sums of gradients of single cards."""
+    cfg, model, tokenizer, adapter = exact
+    some, whose = cards[0].select(range(6)), np.array([0, 1, 0, 2, 0, 1])
+    single = one_by_one(model, tokenizer, batches.encode(some, tokenizer, 128))
+    means = torch.stack([single[whose == patient].mean(0) for patient in range(3)])
+    norms, limit = means.norm(dim=1), float(means.norm(dim=1).median())
+    clipped = (means * (limit / norms).clamp(max=1)[:, None]).sum(0) / 3
+    plan = accounting.RecordPrivacy(0.0, limit, 1.0, 1, 1e-3, math.inf)
+    local = training.round_config(
+        cfg, max_steps=1, per_device_train_batch_size=3, optim="sgd", lr_scheduler_type="constant"
+    )
+    trainer = dp_sgd.trainer(plan, np.random.SeedSequence(0), whose)
+    training.fine_tune(model, tokenizer, some, local, learning_rate=0.1, trainer=trainer, description=None)
+    moved = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    models.set_adapter(model, adapter)
+    step = (torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]) - moved) / 0.1
+    assert float((step - clipped).norm() / clipped.norm()) < 0.01
+    with pytest.raises(ValueError, match="owners: 5 numbers for 6 examples"):
+        wrong = dp_sgd.trainer(plan, np.random.SeedSequence(0), whose[:5])
+        training.fine_tune(model, tokenizer, some, local, learning_rate=0.1, trainer=wrong, description=None)
+
+
+def test_a_step_takes_patients_with_all_of_their_cards(exact, cards):
+    cfg, model, tokenizer, _ = exact
+    plan, whose = accounting.RecordPrivacy(1.0, 1.0, 0.3, 400, 1e-3, 1.0), np.arange(20) // 4
+    arguments = fine_tuning._training_arguments(training.round_config(cfg, max_steps=400), "cpu", None, "unused")
+    rows, whole = [{"n": n} for n in range(20)], lambda rows: {"rows": [row["n"] for row in rows]}
+    given = {"plan": plan, "seed": np.random.SeedSequence(1), "owners": whose}
+    trainer, taken = dp_sgd.PrivateTrainer(model, arguments, whole, rows, [], **given), []
+    for batch in trainer.get_train_dataloader():
+        drawn = set(batch.get(dp_sgd.OWNERS, []))
+        assert batch.get("rows", []) == [n for n in range(20) if n // 4 in drawn]
+        assert batch.get(dp_sgd.OWNERS, []) == [n // 4 for n in batch.get("rows", [])]
+        taken.append(len(drawn))
+    assert np.mean(taken) == pytest.approx(5 * 0.3, abs=0.15)
+
+
+def test_a_patient_has_so_many_cards_and_the_rest_is_said(caplog):
+    cfg = config.load("cpu", "federation.privacy.record={epsilon: 8, cards_per_patient: 2, delta: 1.0e-3}")
+    names = ["ann", "bob", "ann", "", "ann", "bob", "", "cy"]
+    table = Dataset.from_list(
+        [{"question": f"q{n}", "answer": "a", "patient_id": name} for n, name in enumerate(names)]
+    )
+    small = config.load(cfg, "federation.training_arguments.per_device_train_batch_size=2")
+    plan, some, owners = guarantees.planned(small, table)
+    kept = [names[int(card["question"][1:])] for card in some]
+    assert sorted(kept) == ["", "", "ann", "ann", "bob", "bob", "cy"] and len(set(owners)) == 5
+    assert all((owners[i] == owners[j]) == (i == j or kept[i] == kept[j] != "") for i in range(7) for j in range(7))
+    assert "cards_per_patient=2: 1 of 8 cards are left out of the training" in caplog.text
+    assert plan.sample_rate == 2 / 5 and plan.epsilon <= 8
+    assert guarantees.planned(small, table)[1]["question"] == some["question"], "the same ones in every round"
+    alone = guarantees.planned(config.load(small, "federation.privacy.record.cards_per_patient=null"), table)
+    assert alone[2] is None and len(alone[1]) == 8 and alone[0].sample_rate == 2 / 8
+    with pytest.raises(ValueError, match="cards_per_patient=2: the cards have no column patient_id"):
+        guarantees.planned(small, table.remove_columns("patient_id"))
+    with pytest.raises(ValueError, match="says whom DP-SGD protects: set epsilon"):
+        config.load("cpu", "federation.privacy.record.cards_per_patient=2")
+
+
+def test_a_federation_protects_patients_of_a_file(tmp_path):
+    """The column comes with the file; a batch of all patients is more than there are cards of one kind."""
+    path = tmp_path / "cards.csv"
+    rows = [f"What is sign {n}?,Answer number {n}.,eye,p{n % 4}" for n in range(24)]
+    path.write_text("question,answer,specialty,patient_id\n" + "\n".join(rows))
+    given = [f"dataset.name={path}", "dataset.specialties=null", "federation.num_clients=1", "federation.num_rounds=1"]
+    given += ["federation.training_arguments={max_steps: 1, per_device_train_batch_size: 2}", "federation.threads=1"]
+    given += ["train.evaluate_split=false", "federation.evaluate_every=0", "train.seq_length=64"]
+    private = "federation.privacy.record={noise_multiplier: 1, cards_per_patient: 3, delta: 1.0e-3}"
+    record = simulation.run(config.load("cpu", *given, private), progress=False)
+    assert record.clients["status"].tolist() == ["used"] and record.clients["examples"].tolist() == [2]
+    with pytest.raises(ValueError, match="per_device_train_batch_size=5: a hospital has 4 patients"):
+        many = "federation.training_arguments.per_device_train_batch_size=5"
+        simulation.run(config.load("cpu", *given, private, many), progress=False)
 
 
 def test_adapters_move_and_the_model_is_left_as_it_was_found(exact, cards):
