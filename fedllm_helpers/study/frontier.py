@@ -29,6 +29,7 @@ def _rank(size: int) -> str:
 
 # name: the settings that differ
 KINDS: dict[str, str] = {f"LoRA r {r}": _rank(r) for r in RANKS}
+KINDS |= {"LoRA r 1, all": f"{_rank(1)} model.lora.target_modules=[{ALL}]"}  # what cores on all layers compete with
 KINDS |= {f"LoRA-XS r {r}": f"federation.aggregation=LoRA-XS {_rank(r)}" for r in CORES}
 KINDS |= {f"LoRA-XS r {r}, all": f"{KINDS[f'LoRA-XS r {r}']} model.lora.target_modules=[{ALL}]" for r in CORES}
 # name: the kind whose rate it takes, and what is changed beside
@@ -46,9 +47,14 @@ MANY = "federation.num_rounds=12 federation.evaluate_every=1 federation.evaluate
 
 
 def rates_of(kind: str) -> tuple[float, ...]:
-    """The rates tried for a kind: those of cores fall with their size, as each number of a larger core moves more."""
-    name, size = kind.split(",")[0].split(" r ")
-    return LORA_RATES if name == "LoRA" else tuple(part * 0.128 / int(size) for part in (0.25, 0.5, 1, 2))
+    """The rates tried for a kind, among which the best is not the least and not the largest.
+
+    Those of cores fall with their size, as each number of a larger core moves more; more layers want smaller ones.
+    """
+    (name, size), parts = kind.split(",")[0].split(" r "), (0.25, 0.5, 1, 2)
+    if kind.endswith(", all"):
+        parts = (0.125, *parts)
+    return LORA_RATES if name == "LoRA" else tuple(part * 0.128 / int(size) for part in parts)
 
 
 def settings(cfg: DictConfig, arm: str, seed: int = 0, where: str = PARTITIONS[0]) -> DictConfig:
