@@ -118,7 +118,7 @@ class RecordPrivacy:
 
 @dataclass
 class ClientPrivacy:
-    """Noise on the average: hides any one hospital from whoever sees the average, though not from the server."""
+    """Noise on the average: hides any one hospital from whoever sees the average; with masks, from the server, too."""
 
     noise_multiplier: float | None = _setting(
         None, "noise of a round, in units of what one hospital can move; null for none", low=1e-9, high=1e6

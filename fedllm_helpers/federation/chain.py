@@ -92,7 +92,7 @@ def compose(cfg: DictConfig) -> Chain:
     private = how.privacy.client
     chosen = strategy = rule(cfg, Careful(named_strategy(cfg)), hospitals)
     masked = None
-    if private.noise_multiplier is not None:
+    if private.noise_multiplier is not None and not how.secure_aggregation.threshold:  # behind masks hospitals add it
         uniform = private.weights == "uniform"
         given = (private.noise_multiplier, private.clipping_norm)
         strategy = Noised(strategy, *given, uniform=uniform, seed=how.privacy.noise_seed)
@@ -110,9 +110,10 @@ def compose(cfg: DictConfig) -> Chain:
 
 
 def masks(cfg: DictConfig) -> dict:
-    """How updates are masked; where noise is added, hospitals clip for themselves, as the server cannot see."""
+    """How updates are masked; where noise is promised, hospitals clip and add their shares of it for themselves."""
     how, private = cfg.federation.secure_aggregation, cfg.federation.privacy.client
     noisy = {"clipping_norm": private.clipping_norm, "uniform": private.weights == "uniform"}
+    noisy |= {"noise_multiplier": private.noise_multiplier, "noise_seed": cfg.federation.privacy.noise_seed}
     given = noisy if private.noise_multiplier is not None else {}
     rest = {"max_cards": cfg.federation.max_cards, "timeout": cfg.federation.timeout}
     return {"threshold": how.threshold, "value_range": how.value_range, **rest, **given}

@@ -42,6 +42,10 @@ class Masked(Wrapper):
         self.openings: dict[int, int] = {}
         self.note: Callable[[dict[int, int]], None] | None = None
         norms = {inner.clipping_norm for inner in self.within() if hasattr(inner, "clipping_norm")}
+        if norms and self.how.noise_multiplier:
+            raise ValueError(
+                "noise_multiplier: clients add noise before they mask; Noised within would add its own, too"
+            )
         if norms - {self.how.clipping_norm}:
             raise ValueError(
                 f"clipping_norm={self.how.clipping_norm}: behind masks only clients can clip, and the noise within is "

@@ -7,15 +7,17 @@ has made keys in a run, it trains for no order without masks.
 
 import hashlib
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedllm_helpers.adapters.records import Adapter, from_record
 from fedllm_helpers.adapters.updates import PASSING, START, update_of
 from fedllm_helpers.privacy import secure_aggregation as secure
-from fedllm_helpers.privacy.noise import clip
+from fedllm_helpers.privacy.noise import clip, whole_share
 
 # a hospital's secrets, which are nobody else's and in no checkpoint; the last round for which it masked an update; the
 # server's part of a message; what it gets
@@ -155,15 +157,28 @@ def _members(given: ConfigRecord) -> list[str]:
 
 
 def _agreed(given: ConfigRecord) -> str:
-    return json.dumps([given[name] for name in ("round", "threshold", "value-range", "clipping-norm")])
+    names = ("round", "threshold", "value-range", "clipping-norm", "noise-multiplier")
+    return json.dumps([given[name] for name in names])
+
+
+def spread(weights: Sequence[int], clipping_norm: float, noise_multiplier: float) -> float:
+    """The standard deviation of the noise in a sum of weighted updates: of what the heaviest client can move it by."""
+    return noise_multiplier * clipping_norm * max(weights)
 
 
 def _masked(update: Adapter, given: ConfigRecord, context: Context) -> ArrayRecord:
     me, own, public = _secrets(given, context)
     if given["clipping-norm"]:
         update = clip(update, given["clipping-norm"])
-    code = secure.fixed_point(given["weights"], given["value-range"])
+    wide = spread(given["weights"], given["clipping-norm"], given["noise-multiplier"])
+    code = secure.fixed_point(given["weights"], given["value-range"], wide)
     values = secure.encode(update, dict(zip(given["hospitals"], given["weights"], strict=True))[me], code)
+    if wide:
+        rounding = given["noise-multiplier"] * math.sqrt(len(values)) / 2  # of what rounding can add to an update
+        numbers = (given["noise-seed"], 2, me, given["round"], given.get(ATTEMPT, 0))
+        seed = np.random.SeedSequence(None if given["noise-seed"] < 0 else numbers)
+        steps = (wide * 2.0**code.bits + rounding, given["threshold"], len(values))
+        values = values + whole_share(*steps, np.random.default_rng(seed)).astype(np.uint32)
     context.state[KEPT]["used"] = _members(given)
     context.state[LATEST] = ConfigRecord({"moment": [given["round"], given.get(ATTEMPT, 0)]})
     return ArrayRecord({MASKED: Array(secure.mask(values, me, own, public, given["round"]))})

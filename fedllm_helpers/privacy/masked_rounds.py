@@ -22,7 +22,7 @@ from fedllm_helpers.adapters.screening import (
     read_shares,
 )
 from fedllm_helpers.privacy import secure_aggregation as secure
-from fedllm_helpers.privacy.masked_clients import ATTEMPT, MASKED, SENT
+from fedllm_helpers.privacy.masked_clients import ATTEMPT, MASKED, SENT, spread
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,10 @@ KEYS = ("mask_key", "cipher_key", "commitment")  # of a hospital's public half
 class Masks:
     """How updates are masked: ``threshold`` clients open a sum; values and weights have limits, so that it is exact.
 
-    ``clipping_norm`` of an update, 0 for none; ``uniform`` counts clients alike; ``timeout`` in seconds.
+    ``clipping_norm`` of an update, 0 for none; ``uniform`` counts clients alike; ``timeout`` in seconds. With a
+    ``noise_multiplier`` every client adds its share of noise before it masks, so much that any ``threshold`` of them
+    add all of it, of that many times what one client can move the sum by: nobody sees the sum without. ``noise_seed``
+    repeats it, for study.
     """
 
     threshold: int
@@ -42,10 +45,15 @@ class Masks:
     uniform: bool = False
     max_cards: int = 1_000_000
     timeout: float = 3600.0
+    noise_multiplier: float = 0.0
+    noise_seed: int | None = None
 
     def __post_init__(self) -> None:
         limits.whole("threshold", self.threshold, 2)
-        limits.number("clipping_norm", self.clipping_norm, above=False)
+        for name in ("clipping_norm", "noise_multiplier"):
+            limits.number(name, getattr(self, name), above=False)
+        if self.noise_multiplier and not self.clipping_norm:
+            raise ValueError("clipping_norm=0.0: noise protects only what is clipped")
         for name in ("value_range", "max_cards", "timeout"):
             limits.number(name, getattr(self, name))
 
@@ -93,7 +101,7 @@ class Session:
         """Leave out whoever claims the most cards, until the sum of all is exact to 8 bits."""
         while self.public:
             try:
-                secure.fixed_point([self.weights[k] for k in self.public], self.how.value_range)
+                self._code()
                 return
             except ValueError:
                 most = max(self.public, key=self.weights.get)
@@ -116,6 +124,8 @@ class Session:
                 "commitments": [key.commitment for key in keys],
                 "value-range": self.how.value_range,
                 "clipping-norm": self.how.clipping_norm,
+                "noise-multiplier": self.how.noise_multiplier,
+                "noise-seed": -1 if self.how.noise_seed is None else self.how.noise_seed,
             }
         )
 
@@ -148,14 +158,15 @@ class Session:
         except ValueError as error:  # whose share is wrong, the server cannot always tell
             logger.warning("round %d: the sum stays closed: %s", self.number, error)
             return None
-        kept, code = self._weights()
-        mean = secure.decode(total, sum(kept), code, adapter)
+        kept = [self.weights[hospital] for hospital in sorted(self.survivors)]
+        mean = secure.decode(total, sum(kept), self._code(), adapter)
         return {key: value + mean[key] for key, value in adapter.items()}, max(kept) / sum(kept)
 
-    def _weights(self) -> tuple[list[int], secure.FixedPoint]:
-        everyone = [self.weights[hospital] for hospital in sorted(self.public)]
-        code = secure.fixed_point(everyone, self.how.value_range)
-        return [self.weights[hospital] for hospital in sorted(self.survivors)], code
+    def _code(self) -> secure.FixedPoint:
+        weights = [self.weights[hospital] for hospital in sorted(self.public)]
+        return secure.fixed_point(
+            weights, self.how.value_range, spread(weights, self.how.clipping_norm, self.how.noise_multiplier)
+        )
 
     def _ask(self, what: str, records: dict[int, ConfigRecord]) -> Iterator[tuple[int, Any]]:
         """(hospital, what it says) of the usable answers to ``query.what``, in order of hospital."""

@@ -140,6 +140,8 @@ def _check_masks(policy: Policy, message: Message) -> None:
     given, least = message.content[SENT], policy.least_hospitals
     if least and min(given["threshold"], len(given["hospitals"])) < least:
         raise Refused(f"this hospital's policy: least_hospitals={least}, and {given['threshold']} would open the sum")
+    if given.get("noise-seed", -1) >= 0 and not policy.known_noise:
+        raise Refused("this hospital's policy: known_noise=false, and the order names the seed of the noise")
     limit, clip = policy.largest_clipping_norm, given["clipping-norm"]
     if limit and clip and clip > limit:
         raise Refused(f"this hospital's policy: largest_clipping_norm={limit}, and the order says {clip}")

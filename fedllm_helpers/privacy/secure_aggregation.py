@@ -63,8 +63,8 @@ class FixedPoint:
         return hospitals * 0.5 * 2.0**-self.bits / total_weight
 
 
-def fixed_point(weights: Iterable[int], value_range: float) -> FixedPoint:
-    """As many bits as the weights leave: Σ wₖ R 2^bits + K / 2 < 2^31.
+def fixed_point(weights: Iterable[int], value_range: float, spread: float = 0.0) -> FixedPoint:
+    """As many bits as the weights leave: (Σ wₖ R + 10 times the ``spread`` of noise in the sum) 2^bits + K / 2 < 2^31.
 
     Raises:
         ValueError: weights that are not whole numbers above 0, or so large that nothing is left.
@@ -72,7 +72,7 @@ def fixed_point(weights: Iterable[int], value_range: float) -> FixedPoint:
     weights = list(weights)
     if not weights or any(not isinstance(w, int) or w < 1 for w in weights):
         raise ValueError(f"weights {weights}: expected whole numbers from 1")
-    bits = int(np.floor(np.log2((2**31 - 1 - len(weights)) / (sum(weights) * value_range))))
+    bits = int(np.floor(np.log2((2**31 - 1 - len(weights)) / (sum(weights) * value_range + 10 * spread))))
     if bits < 8:
         raise ValueError(f"a sum of {sum(weights)} · {value_range} leaves {bits} bits: take a smaller value_range")
     return FixedPoint(bits, value_range)

@@ -44,6 +44,7 @@ class Hospitals:
         lists = {"mask_keys": "mask_key", "cipher_keys": "cipher_key", "commitments": "commitment"}
         keys = {name: [getattr(public[k], one) for k in sorted(public)] for name, one in lists.items()}
         rest = {"round": number, "attempt": 0, "threshold": threshold, "value-range": 4.0, "clipping-norm": 0.0}
+        rest |= {"noise-multiplier": 0.0, "noise-seed": -1}
         return {**rest, "hospitals": sorted(public), "weights": [10] * len(public), **keys, **more}
 
     def shares(self):

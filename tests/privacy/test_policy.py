@@ -133,6 +133,15 @@ def test_clipping_norms_behind_masks_are_within_the_policy(file, caplog):
     assert statuses(tables) == ["used"]
 
 
+def test_a_seed_of_noise_in_an_order_is_refused(file, caplog):
+    noisy = "federation.privacy.client={noise_multiplier: 0.5, clipping_norm: 2}"
+    cfg = tiny.settings(*MASKS, noisy, "federation.privacy.noise_seed=1", rounds=1)
+    _, tables = tiny.federate(cfg, ruled(tiny.masked(tiny.client()), file()))
+    assert statuses(tables) == ["no reply"] and "the order names the seed of the noise" in caplog.text
+    _, tables = tiny.federate(cfg, ruled(tiny.masked(tiny.client()), file("known_noise: true")))
+    assert statuses(tables) == ["used"]
+
+
 def test_the_same_update_leaves_behind_masks_once_whatever_process_asks(file):
     path, cfg = file(), tiny.settings(*MASKS, rounds=1)
     _, first = tiny.federate(cfg, ruled(tiny.masked(tiny.client()), path))

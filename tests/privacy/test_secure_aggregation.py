@@ -3,10 +3,14 @@
 import numpy as np
 import pytest
 import tiny
-from scipy.stats import chisquare
+from flwr.serverapp.strategy import FedAvg
+from scipy.stats import chisquare, kstest
 
-from fedllm_helpers.privacy import masked_clients
+from fedllm_helpers.federation import server_app
+from fedllm_helpers.privacy import masked_clients, noise
 from fedllm_helpers.privacy import secure_aggregation as secure
+from fedllm_helpers.privacy.masked import Masked
+from fedllm_helpers.privacy.noised import Noised
 
 
 def make(hospitals, threshold, size=7, number=3, weights=None, seed=0):
@@ -259,3 +263,53 @@ def test_secrets_of_a_round_stay_out_of_the_servers_checkpoint():
         tiny.server_app.federate(grid, cfg, {key: value.copy() for key, value in tiny.START.items()})
         assert any(masked_clients.KEPT in state for state in grid.states.values())  # of the one who went away
         assert not grid.remembered()
+
+
+def test_shares_of_noise_add_up_to_whole_numbers_of_the_promised_spread():
+    rng = np.random.default_rng(0)
+    parts = [noise.whole_share(5e4, 3, 40_000, rng) for _ in range(4)]
+    assert all(part.dtype == np.int64 for part in parts)
+    assert np.std(sum(parts[:3])) == pytest.approx(5e4, rel=0.02)  # any three of four are enough
+    assert np.std(sum(parts)) == pytest.approx(5e4 * np.sqrt(4 / 3), rel=0.02)
+    assert kstest(sum(parts[:3]) / 5e4, "norm").pvalue > 1e-3 and abs(np.corrcoef(*parts[:2])[0, 1]) < 0.03
+
+
+NOISY = [
+    "federation.secure_aggregation.threshold=3",
+    "federation.secure_aggregation.value_range=4",
+    "federation.privacy.client={noise_multiplier: 0.5, clipping_norm: 2}",
+]
+
+
+def test_no_sum_is_opened_without_its_noise():
+    """Against the mean of clipped updates, over many rounds: the noise of z · C · √(n / t) / n per value."""
+    apart = []
+    for seed in range(30):
+        cfg = tiny.settings(*NOISY, f"federation.privacy.noise_seed={seed}", rounds=1)
+        found, _ = tiny.federate(cfg, tiny.masked(tiny.client()))
+        made = [tiny.update(tiny.START, hospital, 1) for hospital in range(4)]
+        cut = [noise.clip({key: one[key] - tiny.START[key] for key in one}, 2.0) for one in made]
+        mean = {key: tiny.START[key] + np.mean([one[key] for one in cut], axis=0) for key in found}
+        apart += [(found[key] - mean[key]).ravel() for key in found]
+    apart = np.concatenate(apart)
+    assert apart.std() == pytest.approx(0.5 * 2 * np.sqrt(4 / 3) / 4, rel=0.12) and abs(apart.mean()) < 0.06
+
+
+def test_noise_repeats_with_its_seed_and_not_without():
+    def run(*more):
+        return tiny.federate(tiny.settings(*NOISY, *more, rounds=1), tiny.masked(tiny.client()))[0]["a.B"]
+
+    one, two, other = (run(f"federation.privacy.noise_seed={seed}") for seed in (1, 1, 2))
+    assert (one == two).all() and (one != other).all() and (run() != run()).all()
+    assert server_app.compose(tiny.settings(*NOISY)).masked.how.noise_multiplier == 0.5
+    assert not any(isinstance(inner, Noised) for inner in server_app.compose(tiny.settings(*NOISY)).top.within())
+
+
+def test_noise_behind_masks_needs_a_clip_and_comes_once():
+    with pytest.raises(ValueError, match="clipping_norm=0.0: noise protects only what is clipped"):
+        Masked(FedAvg(), 3, noise_multiplier=1.0)
+    with pytest.raises(ValueError, match="Noised within would add its own, too"):
+        Masked(Noised(FedAvg(), 1.0, 0.5), 3, clipping_norm=0.5, noise_multiplier=1.0)
+    with pytest.raises(ValueError, match="take a smaller value_range"):
+        secure.fixed_point([1, 1, 1], 1.0, 1e6)
+    assert secure.fixed_point([1, 1, 1], 1.0, 1.0).bits < secure.fixed_point([1, 1, 1], 1.0).bits
