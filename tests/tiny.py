@@ -1,7 +1,7 @@
 """A federation with adapters of a few numbers: Flower's messages and strategies, no language model."""
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict  # noqa: F401
 
 from fedllm_helpers import config
 from fedllm_helpers.adapters import packing
@@ -36,7 +36,8 @@ def client(faults=None, seen=None, orders=None):
         if message.metadata.message_type == "evaluate":
             numbers |= {"num-examples": hospital + 1, "nll": float(hospital)}
             return Message(RecordDict({"metrics": MetricRecord(numbers)}), reply_to=message)
-        adapter = update({k: a.numpy() for k, a in message.content["arrays"].items()}, hospital, number)
+        moment = number + 100 * message.content["config"].get("attempt", 0)
+        adapter = update({k: a.numpy() for k, a in message.content["arrays"].items()}, hospital, moment)
         numbers |= {"num-examples": 10 * (hospital + 1), "examples": 8, "tokens": 80, "seconds": 0.01}
         numbers |= {"loss-before": 3.0, "loss-after": 2.0}
         fault = (faults or {}).get((number, hospital))

@@ -10,6 +10,12 @@ PASSING = "passing "  # how the name of a state begins that a client keeps, and 
 START = "start"  # in a request: an update is asked for; in a reply: from where it is measured. It stays at the client.
 
 
+def kind_of(message: Message) -> str:
+    """``train``, ``evaluate`` or ``query.…``: Flower hands ``train.default`` to the same function as ``train``."""
+    kind, _, action = message.metadata.message_type.partition(".")
+    return f"{kind}.{action}" if kind == "query" and action else kind
+
+
 def update_of(reply: Message, received: Adapter) -> Adapter:
     """The update of a client, float arrays by key.
 

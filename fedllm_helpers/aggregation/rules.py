@@ -19,7 +19,7 @@ from flwr.app import ConfigRecord, Context, Message
 
 from fedllm_helpers.adapters import factors
 from fedllm_helpers.adapters.records import Adapter, from_record, to_record
-from fedllm_helpers.adapters.updates import START
+from fedllm_helpers.adapters.updates import START, kind_of
 from fedllm_helpers.aggregation import edits
 
 RULE, FOLLOWED = "rule", "rule-followed"  # the record of orders in a message; in a reply, of which round they were
@@ -125,7 +125,7 @@ def mod(message: Message, context: Context, call_next: Callable[[Message, Contex
     asked = START in message.content
     if asked:
         del message.content[START]
-    number, kind = message.content["config"].get("server-round", 0), message.metadata.message_type
+    number, kind = message.content["config"].get("server-round", 0), kind_of(message)
     reply = call_next(message, context)
     if kind != "train" or reply.has_error() or "arrays" not in reply.content.array_records:
         return reply

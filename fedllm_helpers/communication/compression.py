@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedllm_helpers.adapters.records import Adapter, from_record, to_record
 from fedllm_helpers.adapters.screening import Expected, Shapes, looked_at, read_adapter
-from fedllm_helpers.adapters.updates import START, update_of
+from fedllm_helpers.adapters.updates import START, kind_of, update_of
 from fedllm_helpers.adapters.wrapping import Wrapper
 from fedllm_helpers.communication.codec import BITS, decode, encode, layout
 
@@ -105,7 +105,7 @@ def mod(message: Message, context: Context, call_next: Callable[[Message, Contex
     if how.down != "fp32":
         like = {key: np.empty(shape, np.float32) for key, shape in shapes.items()}
         message.content["arrays"] = to_record(decode(from_record(message.content["arrays"]), like, how.down))
-    if message.metadata.message_type != "train" or not how.packs:
+    if kind_of(message) != "train" or not how.packs:
         return call_next(message, context)
     received, message.content[START] = from_record(message.content["arrays"]), ConfigRecord()
     reply = call_next(message, context)

@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 TIMES = 8  # a card stands in a batch at most: a hospital with few cards takes part with the batch of the others
 
 
-def _masks(context: Context) -> bool:
-    return bool(settings(context).federation.secure_aggregation.threshold)
+def _masks(context: Context) -> dict[str, float]:
+    return noise.orders(settings(context))
 
 
 def _silent(context: Context) -> bool:

@@ -19,7 +19,7 @@ from fedllm_helpers.federation import checkpoints
 from fedllm_helpers.privacy.masked import Masked
 
 logger = logging.getLogger(__name__)
-OPENINGS = "openings.json"  # how often the masked sum of a round was about to be opened, by round
+ATTEMPTS = "attempts.json"  # how often masked updates of a round were asked for, by round
 
 
 def taken(
@@ -47,20 +47,20 @@ def given_back(before: checkpoints.Checkpoint, top: Wrapper, grid: Grid) -> None
     restore_strategy(top.innermost(), before.strategy_arrays, before.strategy_kinds)
 
 
-def note_openings(folder: Path, top: Wrapper) -> None:
-    """Let masks, if there are any, note in a folder that a sum is about to be opened, and know what was noted before.
+def note_attempts(folder: Path, top: Wrapper) -> None:
+    """Let masks, if there are any, note in a folder which rounds they ask for, and know what was noted before.
 
     Raises:
         ValueError: the note is damaged; without it a sum could be asked for twice of the same updates.
     """
-    path = folder / OPENINGS
+    path = folder / ATTEMPTS
     for masked in [inner for inner in top.within() if isinstance(inner, Masked)]:
         try:
             before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            masked.openings = {int(number): int(times) for number, times in before.items()}
+            masked.attempts = {int(number): int(times) for number, times in before.items()}
         except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): name a new folder") from None
-        masked.note = lambda openings: folders.write(path, json.dumps(openings)) and None
+        masked.note = lambda attempts: folders.write(path, json.dumps(attempts)) and None
 
 
 class Resumed(Wrapper):
@@ -88,7 +88,7 @@ class Resumed(Wrapper):
     def start(self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, **options: Any) -> Result:
         """As Flower's, for the rounds that are left; ``num_rounds`` counts those of before, too."""
         before, self.grid, self.last = checkpoints.latest(self.folder, self.settings), grid, initial_arrays
-        note_openings(self.folder, self)
+        note_attempts(self.folder, self)
         if before:
             given_back(before, self, grid)
             self.done, self.last = before.number, to_record(before.adapter)

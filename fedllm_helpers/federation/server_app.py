@@ -195,7 +195,7 @@ def _begin(
     chain.rule.begin(1, adapter)  # arrays that do not fit the rule are said before anyone is asked
     before = checkpoints.latest(options.folder, OmegaConf.to_container(cfg)) if options.folder else None
     if options.folder:
-        resumed.note_openings(options.folder, chain.top)
+        resumed.note_attempts(options.folder, chain.top)
     if before is None:
         first = [{"round": 0, "nll": options.evaluate(adapter)}] if options.evaluate else []
         return adapter, Tables(first), 0

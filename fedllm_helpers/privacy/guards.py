@@ -4,10 +4,12 @@ An app says how it knows: each of these takes a function of the context.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from flwr.app import Context, Message
 
+from fedllm_helpers.adapters.updates import kind_of
 from fedllm_helpers.privacy import masked_clients, policy
 
 logger = logging.getLogger(__name__)
@@ -15,19 +17,23 @@ Next = Callable[[Message, Context], Message]
 Mod = Callable[[Message, Context, Next], Message]
 
 
-def promised(masks: Callable[[Context], bool], silent: Callable[[Context], bool]) -> Mod:
+def promised(masks: Callable[[Context], Mapping[str, Any]], silent: Callable[[Context], bool]) -> Mod:
     """A mod that refuses orders against what was promised; it stands without :func:`masked_clients.mod`.
 
     Args:
-        masks: whether updates of the run are masked.
+        masks: what the orders of a masked round have to say, such as ``threshold``; nothing where there are no masks.
         silent: whether the run promises privacy, so that scores and losses stay here.
     """
 
     def mod(message: Message, context: Context, call_next: Next) -> Message:
         """Raise ValueError for an order to train without masks, and for scores, which would leave to the last digit."""
-        kind, masked = message.metadata.message_type, masked_clients.SENT in message.content.config_records
-        if kind == "train" and not masked and masks(context):
+        kind, given = kind_of(message), message.content.config_records.get(masked_clients.SENT)
+        wanted = masks(context) if kind == "train" or given is not None else {}
+        if kind == "train" and given is None and wanted:
             raise ValueError("masks were promised, and this order to train has none: nothing is sent")
+        for name, value in wanted.items() if given is not None and kind != "query.keys" else ():
+            if given.get(name) != value:
+                raise ValueError(f"masks were promised with {name}={value}, and the order says {given.get(name)}")
         if kind == "evaluate" and silent(context):
             raise ValueError("privacy was promised, and scores of cards leave without any: nothing is sent")
         return call_next(message, context)
@@ -51,7 +57,7 @@ def closed(silent: Callable[[Context], bool]) -> Mod:
         except Exception as error:
             if not silent(context):
                 raise
-            kind = message.metadata.message_type
+            kind = kind_of(message)
             logger.exception("%s failed", kind)
             raise RuntimeError(f"{type(error).__name__} in {kind}; the node's own log says more") from None
 

@@ -9,7 +9,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedllm_helpers.adapters.records import Adapter
 from fedllm_helpers.adapters.screening import Expected, Shapes, screen
 from fedllm_helpers.adapters.updates import LARGEST_SHARE
 from fedllm_helpers.adapters.wrapping import Wrapper
@@ -22,9 +21,9 @@ logger = logging.getLogger(__name__)
 class Masked(Wrapper):
     """A strategy that gets the mean of its clients' updates and no single one; for :func:`masked_clients.mod`.
 
-    Two sums of the same updates, without one client the second time, differ by that client's. So ``openings``, how
-    often the sum of each round was about to be opened, is given to ``note`` first, which keeps it beyond this process
-    (:mod:`fedllm_helpers.federation.resumed`); and a round that is asked for again is another attempt.
+    Two sums of the same updates, without one client the second time, differ by that client's. So ``attempts``, how
+    often masked updates of each round were asked for, is given to ``note`` before they are, which keeps it beyond this
+    process (:mod:`fedllm_helpers.federation.resumed`); and a round that is asked for again is another attempt.
 
     Args:
         strategy: any that averages; each round it gets one reply, the mean.
@@ -39,7 +38,7 @@ class Masked(Wrapper):
     def __init__(self, strategy: Strategy, threshold: int, **options: Any) -> None:
         super().__init__(strategy)
         self.how, self.session, self.known = Masks(threshold, **options), None, False
-        self.openings: dict[int, int] = {}
+        self.attempts: dict[int, int] = {}
         self.note: Callable[[dict[int, int]], None] | None = None
         norms = {inner.clipping_norm for inner in self.within() if hasattr(inner, "clipping_norm")}
         if norms and self.how.noise_multiplier:
@@ -65,9 +64,9 @@ class Masked(Wrapper):
         Raises:
             ValueError: fewer clients than the threshold are asked; or their apps lack mod and queries.
         """
-        attempt = self.openings.get(server_round, 0)
+        attempt = self.attempts.get(server_round, 0)
         if attempt:
-            said = "round %d: its sum may have been opened before; it is asked for anew, attempt %d, of other updates"
+            said = "round %d was asked for before; it is asked for anew, attempt %d, of other updates"
             logger.warning(said, server_round, attempt)
             config = ConfigRecord({**config, ATTEMPT: attempt})
         messages = super().configure_train(server_round, arrays, config, grid)
@@ -81,6 +80,9 @@ class Masked(Wrapper):
             raise ValueError("no client sends keys: a ClientApp needs masked_clients.mod among its mods, and register")
         self.known = self.known or bool(self.session.public)
         self.why = "" if present else self._closed()
+        self.attempts = {**self.attempts, server_round: attempt + 1}
+        if self.note and present:
+            self.note(self.attempts)
         messages = [message for message in messages if message.metadata.dst_node_id in present]
         for message in messages:
             message.content = RecordDict({**message.content, SENT: self.session.orders()})
@@ -102,20 +104,13 @@ class Masked(Wrapper):
                 self.session.add(looked)
             else:
                 self.leave_out(server_round, node, looked.status)
-        opened = self._opened(server_round)
+        opened = self.session.end(self.expected(self.request.metadata.dst_node_id)) if self.session.survivors else None
         if opened is None:
             self.why = self._closed()
             return None, None
         mean = self.as_one(opened[0])
         mean.content["metrics"][LARGEST_SHARE] = opened[1]
         return super().aggregate_train(server_round, [mean])
-
-    def _opened(self, number: int) -> tuple[Adapter, float] | None:
-        if len(self.session.survivors) >= self.how.threshold:
-            self.openings = {**self.openings, number: self.session.attempt + 1}
-            if self.note:
-                self.note(self.openings)
-        return self.session.end(self.expected(self.request.metadata.dst_node_id)) if self.session.survivors else None
 
     def _closed(self) -> str:
         arrived = len(self.session.survivors)

@@ -8,14 +8,15 @@ has made keys in a run, it trains for no order without masks.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedllm_helpers.adapters.records import Adapter, from_record
-from fedllm_helpers.adapters.updates import PASSING, START, update_of
+from fedllm_helpers.adapters.updates import PASSING, START, kind_of, update_of
 from fedllm_helpers.privacy import secure_aggregation as secure
 from fedllm_helpers.privacy.noise import clip, whole_share
 
@@ -37,7 +38,7 @@ def mod(message: Message, context: Context, call_next: Callable[[Message, Contex
         ValueError: an order to train without masks after keys were made, a second one under the same keys, or one whose
             hospitals are others than those that got shares. Nothing is trained.
     """
-    kind, given = message.metadata.message_type, message.content.config_records.get(SENT)
+    kind, given = kind_of(message), message.content.config_records.get(SENT)
     if kind == "query.keys":
         return _publish(message, context, call_next)
     if kind != "train":
@@ -46,12 +47,14 @@ def mod(message: Message, context: Context, call_next: Callable[[Message, Contex
         if {KEPT, LATEST} & set(context.state):
             raise ValueError("this run has masks, and this order to train has none: nothing is sent")
         return call_next(message, context)
-    _check_orders(given, context)
+    _check_orders(given, context, message.content.config_records.get("config", {}))
     del message.content[SENT]
     received, message.content[START] = from_record(message.content["arrays"]), ConfigRecord()
     reply = call_next(message, context)
     if not reply.has_error():
         reply.content["arrays"] = _masked(update_of(reply, received), given, context)
+        if len(reply.content.array_records) > 1:
+            raise ValueError("a reply to a masked order has arrays beside the update, which nothing would mask")
     return reply
 
 
@@ -85,6 +88,8 @@ def shares(message: Message, context: Context) -> Message:
         raise ValueError(f"round {given['round']}: shares were made already, and are made once")
     if len(set(public.values())) < len(public):
         raise ValueError(f"round {given['round']}: two hospitals have the same keys")
+    if set(given["weights"]) != {1} and given["weights"][given["hospitals"].index(me)] != kept["examples"]:
+        raise ValueError(f"round {given['round']}: the weight of this hospital is not what it said")
     made = secure.make_shares(me, own, public, given["threshold"], given["round"])
     kept["listed"], kept["agreed"] = _members(given), _agreed(given)
     answer = ConfigRecord({"hospitals": list(made), "shares": list(made.values())})
@@ -119,7 +124,8 @@ def _publish(message: Message, context: Context, call_next: Callable[[Message, C
     if not reply.has_error():
         own, public = secure.make_keys()
         place = {"round": moment[0], ATTEMPT: moment[1], "hospital": orders["hospital"]}
-        context.state[KEPT] = ConfigRecord({**place, **vars(own)})
+        said = int(reply.content["metrics"]["num-examples"])
+        context.state[KEPT] = ConfigRecord({**place, **vars(own), "examples": said})
         reply.content[SENT] = ConfigRecord(vars(public))
     return reply
 
@@ -136,9 +142,14 @@ def _secrets(given: ConfigRecord, context: Context) -> tuple[int, secure.Secrets
     return kept["hospital"], own, public
 
 
-def _check_orders(given: ConfigRecord, context: Context) -> None:
+def _check_orders(given: ConfigRecord, context: Context, config: Mapping[str, Any]) -> None:
     _secrets(given, context)
     kept, number = context.state[KEPT], given["round"]
+    trained = [config.get("server-round", number), config.get(ATTEMPT, 0)]
+    if trained != [number, given.get(ATTEMPT, 0)]:
+        raise ValueError(f"round {number}: the order to train is of round {trained[0]}, attempt {trained[1]}")
+    if not all(math.isfinite(given[name]) and given[name] >= 0 for name in ("clipping-norm", "noise-multiplier")):
+        raise ValueError(f"round {number}: a clipping norm or a noise multiplier is no number from 0")
     if "used" in kept:
         raise ValueError(f"round {number}: these keys have masked an update already, and a mask is used once")
     if "listed" not in kept:
@@ -157,13 +168,21 @@ def _members(given: ConfigRecord) -> list[str]:
 
 
 def _agreed(given: ConfigRecord) -> str:
-    names = ("round", "threshold", "value-range", "clipping-norm", "noise-multiplier")
+    names = ("round", "threshold", "value-range", "clipping-norm", "noise-multiplier", "noise-seed")
     return json.dumps([given[name] for name in names])
 
 
 def spread(weights: Sequence[int], clipping_norm: float, noise_multiplier: float) -> float:
     """The standard deviation of the noise in a sum of weighted updates: of what the heaviest client can move it by."""
     return noise_multiplier * clipping_norm * max(weights)
+
+
+def label(given: ConfigRecord) -> str:
+    """What the masks of a round are drawn for: among whom, with which weights, threshold, range, clip and noise.
+
+    Hospitals that were told different things mask for different sums, and none of them opens.
+    """
+    return hashlib.sha256(json.dumps([_members(given), _agreed(given)]).encode()).hexdigest()
 
 
 def _masked(update: Adapter, given: ConfigRecord, context: Context) -> ArrayRecord:
@@ -173,6 +192,7 @@ def _masked(update: Adapter, given: ConfigRecord, context: Context) -> ArrayReco
     wide = spread(given["weights"], given["clipping-norm"], given["noise-multiplier"])
     code = secure.fixed_point(given["weights"], given["value-range"], wide)
     values = secure.encode(update, dict(zip(given["hospitals"], given["weights"], strict=True))[me], code)
+    known = hashlib.sha256(values.tobytes()).hexdigest()  # before any noise: for a policy that knows what has left
     if wide:
         rounding = given["noise-multiplier"] * math.sqrt(len(values)) / 2  # of what rounding can add to an update
         numbers = (given["noise-seed"], 2, me, given["round"], given.get(ATTEMPT, 0))
@@ -180,10 +200,13 @@ def _masked(update: Adapter, given: ConfigRecord, context: Context) -> ArrayReco
         steps = (wide * 2.0**code.bits + rounding, given["threshold"], len(values))
         values = values + whole_share(*steps, np.random.default_rng(seed)).astype(np.uint32)
     context.state[KEPT]["used"] = _members(given)
-    context.state[LATEST] = ConfigRecord({"moment": [given["round"], given.get(ATTEMPT, 0)]})
-    return ArrayRecord({MASKED: Array(secure.mask(values, me, own, public, given["round"]))})
+    moment = [given["round"], given.get(ATTEMPT, 0)]
+    context.state[LATEST] = ConfigRecord({"moment": moment, "update": known})
+    return ArrayRecord({MASKED: Array(secure.mask(values, me, own, public, label(given)))})
 
 
 def _public(given: ConfigRecord) -> dict[int, secure.Public]:
+    if len(set(given["hospitals"])) < len(given["hospitals"]):
+        raise ValueError(f"round {given['round']}: a hospital is in the list twice")
     keys = zip(given["mask_keys"], given["cipher_keys"], given["commitments"], strict=True)
     return {hospital: secure.Public(*key) for hospital, key in zip(given["hospitals"], keys, strict=True)}

@@ -22,7 +22,7 @@ from fedllm_helpers.adapters.screening import (
     read_shares,
 )
 from fedllm_helpers.privacy import secure_aggregation as secure
-from fedllm_helpers.privacy.masked_clients import ATTEMPT, MASKED, SENT, spread
+from fedllm_helpers.privacy.masked_clients import ATTEMPT, MASKED, SENT, label, spread
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class Session:
             asked = {hospital: ConfigRecord({**self.orders(), **more}) for hospital, more in extra.items()}
             opened = dict(self._ask("reveal", asked))
             total = secure.unmask(
-                self.total, self.public, self.places, self.survivors, opened, self.number, self.how.threshold
+                self.total, self.public, self.places, self.survivors, opened, label(self.orders()), self.how.threshold
             )
         except ValueError as error:  # whose share is wrong, the server cannot always tell
             logger.warning("round %d: the sum stays closed: %s", self.number, error)

@@ -65,6 +65,24 @@ def silent(cfg: "DictConfig") -> bool:
     return any(value is not None for value in private) or bool(cfg.federation.secure_aggregation.threshold)
 
 
+def orders(cfg: "DictConfig") -> dict[str, float]:
+    """What the orders of a masked round have to say by a configuration; nothing where it has no masks."""
+    how, private, seed = (
+        cfg.federation.secure_aggregation,
+        cfg.federation.privacy.client,
+        cfg.federation.privacy.noise_seed,
+    )
+    if not how.threshold:
+        return {}
+    noisy = private.noise_multiplier is not None
+    found = {
+        "threshold": how.threshold,
+        "value-range": how.value_range,
+        "noise-seed": seed if noisy and seed is not None else -1,
+    }
+    return found | {"clipping-norm": private.clipping_norm * noisy, "noise-multiplier": private.noise_multiplier or 0.0}
+
+
 def noise_seed(cfg: "DictConfig", purpose: int, *numbers: int) -> np.random.SeedSequence:
     """The seed of some noise: from ``federation.privacy.noise_seed``, or 128 bits of the system's entropy.
 

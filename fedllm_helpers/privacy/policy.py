@@ -7,8 +7,6 @@ cannot change it; other *code* could, and a deployed run brings its code along: 
 ``python -m fedllm_helpers.policy FILE`` says what it allows, what is spent and what is left.
 """
 
-import hashlib
-import json
 import logging
 import math
 from collections.abc import Callable
@@ -16,16 +14,17 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from filelock import Timeout
 from flwr.app import ConfigRecord, Context, Message
 from omegaconf import OmegaConf
 
-from fedllm_helpers.adapters.records import from_record
+from fedllm_helpers.adapters.updates import kind_of
 from fedllm_helpers.privacy.ledger import MECHANISM, NOISE, ROUND, Ledger
-from fedllm_helpers.privacy.masked_clients import ATTEMPT, SENT
+from fedllm_helpers.privacy.masked_clients import LATEST, SENT
 from fedllm_helpers.privacy.promises import PROMISE
 
 logger = logging.getLogger(__name__)
-LOSSES = ("loss-before", "loss-after", "tokens", "seconds", "train-seconds")
+TOLD = ("partition-id", "num-examples", "examples", "rule-followed")  # all that leaves beside arrays without losses
 
 
 class Refused(ValueError):
@@ -49,7 +48,11 @@ class Policy:
     )
     most_rounds: int | None = _key(None, "answered over all runs; one that is sent again counts again")
     least_hospitals: int | None = _key(None, "that open a masked sum; without masks nothing leaves")
-    scores: bool = _key(True, "whether scores of held-out cards may leave in a run that promises no privacy")
+    scores: bool | None = _key(
+        None,
+        "whether scores of held-out cards may leave in a run that promises no privacy; null: if no ε, noise or "
+        "number of hospitals is asked for",
+    )
     losses: bool = _key(True, "whether losses, tokens and seconds may leave in a run that promises no privacy")
     rules: list[str] | None = _key(None, "of combining adapters that are followed, by name; FedIT is the plain average")
     known_noise: bool = _key(False, "whether a run may know the seed of the noise, and so take it off")
@@ -70,7 +73,11 @@ def load(path: str | Path) -> Policy:
     except Exception as error:  # of YAML and of OmegaConf, a dozen types
         raise ValueError(f"{path}: {str(error).splitlines()[0]}; known are {_names()}") from None
     _check(found, path)
-    found.ledger = found.ledger or str(Path(path).expanduser().with_suffix(".ledger"))
+    home = Path(path).expanduser().absolute()
+    found.ledger = str(home.parent / Path(found.ledger or home.with_suffix(".ledger")).expanduser())
+    if found.scores is None:
+        limits = (found.largest_epsilon, found.least_noise_multiplier, found.least_hospitals)
+        found.scores = all(limit is None for limit in limits)
     return found
 
 
@@ -111,7 +118,7 @@ def mod(message: Message, context: Context, call_next: Callable[[Message, Contex
     Raises:
         Refused: the policy forbids what is ordered.
     """
-    policy, kind = of(context), message.metadata.message_type
+    policy, kind = of(context), kind_of(message)
     if policy is None:
         reply = call_next(message, context)
         if not reply.has_error():
@@ -123,37 +130,54 @@ def mod(message: Message, context: Context, call_next: Callable[[Message, Contex
         raise Refused("this hospital's policy: scores=false")
     if kind != "train":
         return call_next(message, context)
-    entry = _entry(message, context)
-    _check_round(policy, entry)
+    entry = _entry(message)
+    with Ledger(policy.ledger).held():
+        _check_round(policy, entry)
     reply = call_next(message, context)
     if reply.has_error():
         return reply
     given = reply.content.pop(PROMISE, None)
-    _check_noise(policy, given)
-    for name in () if policy.losses else LOSSES:
-        reply.content["metrics"].pop(name, None)
-    _book(policy, context.run_id, entry, given)
+    _check_noise(policy, given, entry["clipped"])
+    if not policy.losses:
+        _only_told(reply)
+    if entry["masked"]:
+        entry["update"] = str(context.state[LATEST]["update"])
+    try:
+        _book(policy, context.run_id, entry | {"private": given is not None}, given)
+    except (OSError, Timeout) as error:
+        logger.error("%s", error)
+        raise Refused("this hospital's ledger cannot be written, and so nothing leaves; see its own log") from None
     return reply
+
+
+def _only_told(reply: Message) -> None:
+    """Take out of a reply every number and text that is not among :data:`TOLD`."""
+    for name, record in [*reply.content.metric_records.items(), *reply.content.config_records.items()]:
+        for key in [key for key in record if key not in TOLD]:
+            del record[key]
+        if not record and name != "metrics":
+            del reply.content[name]
 
 
 def _check_masks(policy: Policy, message: Message) -> None:
     given, least = message.content[SENT], policy.least_hospitals
     if least and min(given["threshold"], len(given["hospitals"])) < least:
         raise Refused(f"this hospital's policy: least_hospitals={least}, and {given['threshold']} would open the sum")
+    if least and len(set(given["hospitals"])) < least:
+        raise Refused(f"this hospital's policy: least_hospitals={least}, and the list has fewer")
     if given.get("noise-seed", -1) >= 0 and not policy.known_noise:
         raise Refused("this hospital's policy: known_noise=false, and the order names the seed of the noise")
     limit, clip = policy.largest_clipping_norm, given["clipping-norm"]
-    if limit and clip and clip > limit:
+    if limit and not 0 <= clip <= limit:
         raise Refused(f"this hospital's policy: largest_clipping_norm={limit}, and the order says {clip}")
 
 
-def _entry(message: Message, context: Context) -> dict[str, Any]:
+def _entry(message: Message) -> dict[str, Any]:
     """What the ledger keeps of an order to train."""
-    config = message.content.config_records.get("config", {})
-    masked, rule = SENT in message.content.config_records, message.content.config_records.get("rule", {})
-    number, moment = int(config.get("server-round", 0)), int(config.get(ATTEMPT, 0))
-    update = _key_of(message, [number, moment, dict(sorted(context.run_config.items()))])
-    return {"number": number, "masked": masked, "rule": str(rule.get("name", "FedIT")), "update": update}
+    config, given = (message.content.config_records.get(name) for name in ("config", SENT))
+    rule, number = message.content.config_records.get("rule", {}), int((config or {}).get("server-round", 0))
+    clipped = bool(given and given["clipping-norm"])
+    return {"number": number, "masked": given is not None, "rule": str(rule.get("name", "FedIT")), "clipped": clipped}
 
 
 def _check_round(policy: Policy, entry: dict[str, Any]) -> None:
@@ -166,7 +190,7 @@ def _check_round(policy: Policy, entry: dict[str, Any]) -> None:
         raise Refused(f"this hospital's policy: most_rounds={policy.most_rounds}, all answered")
     if policy.largest_epsilon is not None and Ledger(policy.ledger).epsilon(policy.delta) >= policy.largest_epsilon:
         raise Refused(f"this hospital's policy: largest_epsilon={policy.largest_epsilon} over all runs, all spent")
-    if entry["masked"] and any(one.get("masked") and one.get("update") == entry["update"] for one in answered):
+    if "update" in entry and any(one.get("update") == entry["update"] for one in answered):
         raise Refused("this very update left behind masks before, and two sums with it could be told apart")
 
 
@@ -178,19 +202,11 @@ def _known(ledger: Ledger, kind: str = ROUND) -> list[dict[str, Any]]:
         raise Refused("this hospital's ledger cannot be read, and so nothing leaves; see the node's own log") from None
 
 
-def _key_of(message: Message, more: list) -> str:
-    """The same for orders that lead to the same update: what came down, the round, its attempt and the settings."""
-    found = hashlib.sha256(json.dumps(more, default=str).encode())
-    for name, record in sorted(message.content.array_records.items()):
-        for key, value in from_record(record).items():
-            found.update(f"{name} {key} {value.dtype} {value.shape}".encode())
-            found.update(value.tobytes())
-    return found.hexdigest()
-
-
-def _check_noise(policy: Policy, given: ConfigRecord | None) -> None:
-    """Hold what an app says of its training against the policy."""
+def _check_noise(policy: Policy, given: ConfigRecord | None, clipped: bool) -> None:
+    """Hold what an app says of its training against the policy; ``clipped``: the update was, behind masks."""
     if given is None:
+        if policy.largest_clipping_norm is not None and not clipped:
+            raise Refused(f"this hospital's policy: largest_clipping_norm={policy.largest_clipping_norm}, no clip here")
         for name in ("largest_epsilon", "least_noise_multiplier"):
             if getattr(policy, name) is not None:
                 raise Refused(f"this hospital's policy: {name}={getattr(policy, name)}, and this was no DP-SGD")
@@ -209,6 +225,7 @@ def _check_noise(policy: Policy, given: ConfigRecord | None) -> None:
 def _book(policy: Policy, run: int, entry: dict[str, Any], given: ConfigRecord | None) -> None:
     """Write down what leaves now, unless another run took what was left while this one trained."""
     ledger = Ledger(policy.ledger)
+    entries: list[dict[str, Any]] = []
     with ledger.held():
         _check_round(policy, entry)
         if given is not None:
@@ -217,5 +234,5 @@ def _book(policy: Policy, run: int, entry: dict[str, Any], given: ConfigRecord |
             if policy.largest_epsilon is not None and after > policy.largest_epsilon:
                 limit = f"largest_epsilon={policy.largest_epsilon} over all runs"
                 raise Refused(f"this hospital's policy: {limit}, and with this round it would be {after:.3g}")
-            ledger.add(NOISE, run, **dict(zip(MECHANISM, mechanism, strict=True)))
-        ledger.add(ROUND, run, **entry)
+            entries = [{"kind": NOISE, "run": run, **dict(zip(MECHANISM, mechanism, strict=True))}]
+        ledger.add(*entries, {"kind": ROUND, "run": run, **entry})

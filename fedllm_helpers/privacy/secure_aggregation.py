@@ -141,12 +141,13 @@ def make_shares(me: int, own: Secrets, public: Mapping[int, Public], threshold: 
     return shares
 
 
-def mask(values: np.ndarray, me: int, own: Secrets, public: Mapping[int, Public], number: int) -> np.ndarray:
+def mask(values: np.ndarray, me: int, own: Secrets, public: Mapping[int, Public], number: int | str) -> np.ndarray:
     """Values plus one's own mask, plus or minus the masks shared with each other hospital, modulo 2^32.
 
     Args:
         values: uint32, from :func:`encode`.
-        me, own, public, number: as in :func:`make_shares`.
+        me, own, public: as in :func:`make_shares`.
+        number: of the round, or a text that says all that hospitals have agreed on: with others, nothing cancels.
     """
     masked, key = values + _stream(own.self_seed, "self", number, len(values)), _mask_key(own.mask_seed)
     for hospital in sorted(set(public) - {me}):
@@ -186,7 +187,7 @@ def reveal(
 
 def unmask(
     total: np.ndarray, public: Mapping[int, Public], places: Mapping[int, int], survivors: set[int],
-    opened: Mapping[int, Mapping[int, bytes]], number: int, threshold: int,
+    opened: Mapping[int, Mapping[int, bytes]], number: int | str, threshold: int,
 ) -> np.ndarray:  # fmt: skip
     """The sum of the survivors' values, from the sum of their masked ones.
 
@@ -196,7 +197,7 @@ def unmask(
         places: of each hospital, from 1, among those whose shares were asked for: which share of a seed it holds.
         survivors: whose masked values are in the sum.
         opened: by the hospital that revealed, its share of each hospital's seed.
-        number, threshold: as in :func:`make_shares`.
+        number, threshold: as in :func:`mask` and :func:`make_shares`.
 
     Raises:
         ValueError: fewer hospitals than the threshold revealed, or their shares do not open a seed.
@@ -239,11 +240,11 @@ def _label(number: int, sender: int, receiver: int) -> bytes:
     return f"round {number} from {sender} to {receiver}".encode()
 
 
-def _pair_mask(mine: X25519PrivateKey, theirs: bytes, number: int, size: int) -> np.ndarray:
+def _pair_mask(mine: X25519PrivateKey, theirs: bytes, number: int | str, size: int) -> np.ndarray:
     return _stream(mine.exchange(X25519PublicKey.from_public_bytes(theirs)), "pair", number, size)
 
 
-def _stream(secret: bytes, purpose: str, number: int, size: int) -> np.ndarray:
+def _stream(secret: bytes, purpose: str, number: int | str, size: int) -> np.ndarray:
     """``size`` numbers of 32 bits that nobody without the secret can tell from chance: ChaCha20 of zeros."""
     cipher = Cipher(ChaCha20(_derive(secret, f"{purpose} mask {number}"), bytes(16)), mode=None).encryptor()
     return np.frombuffer(cipher.update(bytes(4 * size)), "<u4")

@@ -31,6 +31,8 @@ def standing(path: str | Path) -> str:
     lines = [f"{what:28} {limit:>10} {so_far:>10} {left:>10}".rstrip() for what, limit, so_far, left in rows]
     others = [one.name for one in fields(found) if one.name not in ("largest_epsilon", "most_rounds", "delta")]
     lines += [f"{name}: {_text(getattr(found, name))}" for name in others]
+    if open_ := sum(not one.get("private") for one in rounds):
+        lines.append(f"rounds that promised nothing, beside that ε: {open_}")
     if rounds:
         last = rounds[-1]
         lines.append(f"last answer: round {last['number']} of run {last['run']}, {last['time']}")

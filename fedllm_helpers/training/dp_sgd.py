@@ -109,15 +109,18 @@ class Private:
             if p.requires_grad and name not in self.trained:  # one layer in two places, which Opacus counts twice
                 raise ValueError(_refusal(name, len(self.train_dataset)))
 
-    def promise(self) -> dict[str, ConfigRecord]:
+    def promise(self, *, seeded: bool) -> dict[str, ConfigRecord]:
         """The record for a reply that says by which plan this was trained; see :mod:`promises`.
+
+        Args:
+            seeded: whether somebody else knows the seed.
 
         Raises:
             ValueError: nothing was trained yet, or not to its end.
         """
         if self.state.global_step < self.args.max_steps:
             raise ValueError(f"{self.state.global_step} of {self.args.max_steps} steps are trained: nothing to promise")
-        return promise(self.plan, self.args.max_steps)
+        return promise(self.plan, self.args.max_steps, seeded=seeded)
 
     def train(self, *args: Any, **kw: Any) -> Any:
         """Train with per-card gradients, and leave the model without hooks."""

@@ -73,7 +73,6 @@ WIRE = {  # what crosses Flower's wire as it is
     **{f"cards {value}": number("num-examples", value)
        for value in (1e308, 10**12, 10**7, 0, -3, 2.5, INF, NAN, [3], [])},
     "no cards": lambda content: content["metrics"].pop("num-examples"),
-    "no loss": lambda content: content["metrics"].pop("loss-before"),
     "5,000 numbers": lambda content: content["metrics"].update({f"n{k}": k for k in range(5000)}),
     "no numbers": record(metrics=None),
     "numbers twice": record(more=MetricRecord(NUMBERS)),
@@ -265,6 +264,14 @@ def test_the_others_rounds_come_to_what_they_would_alone(strategy, caplog):
     assert len(statuses) == len(KINDS) and all(map(is_one_line, statuses))
     figures = told.clients_frame()[list(tables.NUMBERS.values())]
     assert np.nanmax(figures.to_numpy(float)) < 1e4 and np.nanmin(figures.to_numpy(float)) >= 0
+
+
+@pytest.mark.parametrize("strategy", ["FedAvg", "QFedAvg"])
+def test_a_hospital_may_keep_its_losses_unless_the_strategy_weights_by_them(strategy):
+    quiet = spoiled(tiny.client(), [lambda content: content["metrics"].pop("loss-before")])
+    _, told = tiny.federate(tiny.settings(f"federation.strategy={strategy}", hospitals=3, rounds=1), quiet)
+    (status,) = [row[2] for row in told.clients if row[1] == 1]
+    assert (status == "used") == (strategy == "FedAvg") and ("loss-before" in status) == (strategy == "QFedAvg")
 
 
 @pytest.mark.parametrize("rule", ["FedIT", *BY_PRODUCT])

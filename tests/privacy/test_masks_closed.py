@@ -25,7 +25,7 @@ class Hospitals:
     def ask(self, kind, hospital, secret=None, number=1):
         """The content of a hospital's answer; ValueError with what it says instead."""
         orders = {"arrays": to_record(tiny.START), "config": ConfigRecord({"server-round": number})}
-        content = RecordDict(orders if kind == "train" else {})
+        content = RecordDict(orders if kind.startswith("train") else {})
         if secret is not None:
             content["secure"] = ConfigRecord(secret)
         request = Message(content, in_process.FIRST_CLIENT_NODE + hospital, kind)
@@ -45,7 +45,7 @@ class Hospitals:
         keys = {name: [getattr(public[k], one) for k in sorted(public)] for name, one in lists.items()}
         rest = {"round": number, "attempt": 0, "threshold": threshold, "value-range": 4.0, "clipping-norm": 0.0}
         rest |= {"noise-multiplier": 0.0, "noise-seed": -1}
-        return {**rest, "hospitals": sorted(public), "weights": [10] * len(public), **keys, **more}
+        return {**rest, "hospitals": sorted(public), "weights": [10 * (k + 1) for k in sorted(public)], **keys, **more}
 
     def shares(self):
         for k in self.all:
@@ -134,7 +134,7 @@ def false_keys(some):
     [
         (false_keys, "are not those for which shares were made"),
         (lambda some: some.orders(threshold=3), "are not those for which"),
-        (lambda some: some.orders(weights=[10, 10, 1]), "are not those for which"),
+        (lambda some: some.orders(weights=[10, 20, 1]), "are not those for which"),
         (lambda some: some.orders({0: some.public[0]}), "1 hospitals, 2 are needed"),
         (lambda some: some.orders(number=2), "round 2 is asked for, the secrets are of round 1"),
         (lambda some: some.orders(attempt=1), "is asked for, the secrets are of"),
@@ -152,7 +152,7 @@ def test_nothing_is_opened_for_others_than_those_of_the_masked_update(hospitals)
     with pytest.raises(ValueError, match="not those of the masked update"):
         hospitals.ask("query.reveal", 0, hospitals.opening(0))  # it has sent none
     hospitals.ask("train", 0, hospitals.orders())
-    for more in ({"threshold": 3}, {"hospitals": [0, 1, 3]}, {"weights": [1, 10, 10]}):
+    for more in ({"threshold": 3}, {"hospitals": [0, 1, 3]}, {"weights": [1, 20, 30]}):
         with pytest.raises(ValueError, match="not those of the masked update|not in the list"):
             hospitals.ask("query.reveal", 0, hospitals.opening(0, **more))
     with pytest.raises(ValueError, match="1 masked updates arrived, 2 are needed"):
@@ -204,14 +204,14 @@ def test_a_sum_that_may_have_been_opened_is_asked_for_of_other_updates(tmp_path,
     monkeypatch.setattr(checkpoints, "save", lambda *given: kept(*given) if given[2].number < 2 else stop())
     with pytest.raises(KeyboardInterrupt):
         run(cfg, tmp_path, seen)
-    assert json.loads((tmp_path / resumed.OPENINGS).read_text()) == {"1": 1, "2": 1}
+    assert json.loads((tmp_path / resumed.ATTEMPTS).read_text()) == {"1": 1, "2": 1}
     assert not any(masked_clients.ATTEMPT in orders for orders in seen)
     monkeypatch.undo(), seen.clear()
     run(cfg, tmp_path, seen)
     assert [(orders["server-round"], orders[masked_clients.ATTEMPT]) for orders in seen] == [(2, 1)] * 4
-    assert "round 2: its sum may have been opened before; it is asked for anew, attempt 1" in caplog.text
-    (tmp_path / resumed.OPENINGS).write_text("[")
-    with pytest.raises(ValueError, match="openings.json is damaged"):
+    assert "round 2 was asked for before; it is asked for anew, attempt 1" in caplog.text
+    (tmp_path / resumed.ATTEMPTS).write_text("[")
+    with pytest.raises(ValueError, match="attempts.json is damaged"):
         run(cfg, tmp_path, seen)
 
 
@@ -223,3 +223,72 @@ def test_another_attempt_trains_on_other_cards_with_other_noise():
     private = config.load(cfg, "federation.privacy.noise_seed=3", "federation.privacy.record.noise_multiplier=1")
     one, two = (client_app.noise.noise_seed(private, 1, 2, 0, *more).generate_state(2) for more in ((), (1,)))
     assert (one != two).any()
+
+
+@pytest.mark.parametrize(
+    ("public", "said"),
+    [([0, 0, 0], "a hospital is in the list twice"), ([0, 0, 1], "a hospital is in the list twice")],
+)
+def test_nobody_is_in_a_list_twice(hospitals, public, said):
+    """A hospital that masks against itself alone would be opened with the others' shares."""
+    given = hospitals.orders()
+    for name in ("mask_keys", "cipher_keys", "commitments", "weights"):
+        given[name] = [given[name][k] for k in public]
+    with pytest.raises(ValueError, match=said):
+        hospitals.ask("train", 0, {**given, "hospitals": public})
+
+
+def test_whoever_was_told_something_else_masks_for_another_sum(hospitals):
+    """The server tells hospital 2 that it is alone with hospital 1: its masks cancel in no sum."""
+    few = {k: hospitals.public[k] for k in (1, 2)}
+    masked = {k: hospitals.ask("train", k, hospitals.orders())["arrays"]["masked"].numpy() for k in (0, 1)}
+    masked[2] = hospitals.ask("train", 2, hospitals.orders(few))["arrays"]["masked"].numpy()
+    opened = {}
+    for k in (0, 1):
+        said = hospitals.ask("query.reveal", k, hospitals.opening(k))["secure"]
+        opened[k] = dict(zip(said["hospitals"], said["opened"], strict=True))
+    total, places = masked[0] + masked[1] + masked[2], {0: 1, 1: 2, 2: 3}
+    label = masked_clients.label(hospitals.orders())
+    found = secure.unmask(total, hospitals.public, places, {0, 1, 2}, opened, label, 2)
+    code = secure.fixed_point([10, 20, 30], 4.0)
+    mean = secure.decode(found, 60, code, tiny.START)
+    assert max(np.abs(value).max() for value in mean.values()) > 1  # noise: no update of tiny is so large
+    assert label != masked_clients.label(hospitals.orders(few))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"round": 1, "attempt": 0, "config": 2}, "the order to train is of round 2, attempt 0"),
+        ({"clipping-norm": -50.0}, "no number from 0"),
+        ({"noise-multiplier": float("nan")}, "no number from 0"),
+    ],
+)
+def test_masks_are_for_the_round_that_is_trained_with_numbers_that_can_be(hospitals, change, said):
+    number = change.pop("config", 1)
+    with pytest.raises(ValueError, match=said):
+        hospitals.ask("train", 0, {**hospitals.orders(), **change}, number)
+
+
+def test_a_weight_is_what_the_hospital_said(some):
+    with pytest.raises(ValueError, match="the weight of this hospital is not what it said"):
+        some.ask("query.shares", 0, some.orders(weights=[10**6, 1, 1]))
+
+
+def test_nothing_leaves_beside_a_masked_update(hospitals):
+    inner = tiny.client()
+
+    def more(message, context):
+        reply = inner(message, context)
+        reply.content["more"] = to_record(tiny.START)
+        return reply
+
+    hospitals.grid.app = tiny.masked(more)
+    with pytest.raises(ValueError, match="has arrays beside the update, which nothing would mask"):
+        hospitals.ask("train", 0, hospitals.orders())
+
+
+@pytest.mark.parametrize("kind", ["train.default", "train.other"])
+def test_an_order_to_train_is_one_by_any_name(hospitals, kind):
+    with pytest.raises(ValueError, match="this run has masks, and this order to train has none"):
+        hospitals.ask(kind, 0)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def test_an_empty_policy_sets_no_limit_and_its_ledger_lies_beside_it(file):
     found = policy.load(file())
     assert found.ledger.endswith("policy.ledger") and found.largest_epsilon is None and found.rules is None
     own = policy.load(file("ledger: ~/mine.jsonl\nlargest_epsilon: 3\nrules: [FedIT]\n"))
-    assert (own.ledger, own.largest_epsilon, own.rules) == ("~/mine.jsonl", 3.0, ["FedIT"])
+    assert (Path(own.ledger), own.largest_epsilon, own.rules) == (Path.home() / "mine.jsonl", 3.0, ["FedIT"])
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_the_same_update_leaves_behind_masks_once_whatever_process_asks(file):
     assert statuses(first) == ["used"] and "this very update left behind masks before" in statuses(again)[0]
     with in_process.InProcessGrid(ruled(tiny.masked(tiny.client()), path), 4, {}) as grid:  # of other updates
         chain = server_app.compose(cfg)
-        chain.masked.openings = {1: 1}
+        chain.masked.attempts = {1: 1}
         _, other = server_app.federate(grid, cfg, dict(tiny.START), chain=chain)
     assert statuses(other) == ["used"]
 
@@ -212,7 +213,7 @@ def test_epsilon_is_booked_over_runs_and_none_leaves_beyond_it(file):
 
 def test_where_all_is_spent_nothing_is_trained(file):
     path, trained = file("largest_epsilon: 2"), []
-    Ledger(path.with_suffix(".ledger")).add(NOISE, 3, noise_multiplier=0.5, sample_rate=0.5, steps=20)
+    Ledger(path.with_suffix(".ledger")).add(dict(kind=NOISE, run=3, noise_multiplier=0.5, sample_rate=0.5, steps=20))
 
     def app(message, context):
         trained.append((message.metadata.message_type, context.node_config["partition-id"]))
@@ -317,9 +318,10 @@ def test_settings_with_masks_send_nothing_without_the_orders_of_masks():
 
 
 def test_the_ledger_is_a_line_for_each_answer(tmp_path):
-    ledger = Ledger(tmp_path / "new" / "mine.ledger")
+    ledger = Ledger(tmp_path / "mine.ledger")
     assert ledger.entries() == [] and ledger.epsilon(1e-5) == 0
-    ledger.add(ROUND, 3, number=1), ledger.add(NOISE, 3, noise_multiplier=1.0, sample_rate=0.1, steps=2)
+    spent = {"kind": NOISE, "run": 3, "noise_multiplier": 1.0, "sample_rate": 0.1, "steps": 2}
+    ledger.add({"kind": ROUND, "run": 3, "number": 1}, spent)
     lines = [json.loads(line) for line in ledger.path.read_text().splitlines()]
     assert [one["kind"] for one in lines] == [ROUND, NOISE] and lines[0]["time"].endswith("+00:00")
     assert ledger.epsilon(1e-5) == pytest.approx(accounting.composed([(1.0, 0.1, 2)], 1e-5))
@@ -347,7 +349,7 @@ def test_a_new_policy_has_every_key_and_no_limit(tmp_path, monkeypatch, capsys):
     standing.main()
     assert "rounds answered" in capsys.readouterr().out
     found, blank = policy.load(path), policy.Policy()
-    assert vars(found) == {**vars(blank), "ledger": str(tmp_path / "new.ledger")}
+    assert vars(found) == {**vars(blank), "ledger": str(tmp_path / "new.ledger"), "scores": True}
     assert all(one.metadata["meaning"] in path.read_text() for one in policy.fields(policy.Policy))
     with pytest.raises(SystemExit):
         standing.main()
@@ -356,3 +358,89 @@ def test_a_new_policy_has_every_key_and_no_limit(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         standing.main()
     assert "none.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["train", "train.default", "evaluate", "evaluate.default"])
+def test_an_order_is_held_against_policy_and_promises_by_any_name(file, kind):
+    context, message = node(file("most_rounds: 0\nscores: false")), type("Message", (), {"content": tiny.RecordDict()})
+    message.metadata = type("Meta", (), {"message_type": kind})
+    with pytest.raises(policy.Refused, match="most_rounds=0|scores=false"):
+        policy.mod(message, context, lambda *given: pytest.fail("it was done"))
+    context.run_config = {
+        "config": config.OmegaConf.to_yaml(config.load("cpu", "federation.secure_aggregation.threshold=4"))
+    }
+    with pytest.raises(ValueError, match="nothing is sent"):
+        client_app.PROMISED(message, context, lambda *given: pytest.fail("it was done"))
+
+
+def test_masks_are_those_that_the_settings_promise():
+    settings = [
+        "federation.secure_aggregation.threshold=4",
+        "federation.privacy.client={noise_multiplier: 1, delta: 0.1}",
+    ]
+    cfg, context = config.load("cpu", *settings), node("unused")
+    context.run_config = {"config": config.OmegaConf.to_yaml(cfg)}
+    right = {"threshold": 4, "value-range": 1.0, "clipping-norm": 1.0, "noise-multiplier": 1.0, "noise-seed": -1}
+    how = vars(server_app.compose(cfg).masked.how)
+    assert all(how[name.replace("-", "_")] == value for name, value in right.items() if name != "noise-seed")
+    for name, value in (("threshold", 2), ("clipping-norm", 0.0), ("noise-multiplier", 0.0), ("noise-seed", 3)):
+        message = type("Message", (), {"metadata": type("Meta", (), {"message_type": "train"})})
+        message.content = tiny.RecordDict({"secure": tiny.ConfigRecord({**right, name: value})})
+        with pytest.raises(ValueError, match=f"masks were promised with {name}="):
+            client_app.PROMISED(message, context, lambda *given: pytest.fail("it trained"))
+    message.content = tiny.RecordDict({"secure": tiny.ConfigRecord(right)})
+    assert client_app.PROMISED(message, context, lambda *given: "done") == "done"
+
+
+def test_without_losses_nothing_but_what_is_needed_leaves(file):
+    inner = tiny.client()
+
+    def chatty(message, context):
+        reply = inner(message, context)
+        if message.metadata.message_type == "train":
+            reply.content["metrics"]["train_loss"] = 2.5
+            reply.content["more"] = tiny.MetricRecord({"eval_nll": 2.0})
+        return reply
+
+    seen = []
+
+    def whole(message, context):
+        reply = ruled(chatty, file("losses: false"))(message, context)
+        seen.append(reply.content)
+        return reply
+
+    _, tables = tiny.federate(tiny.settings(hospitals=1, rounds=1), whole)
+    assert statuses(tables) == ["used"]
+    assert list(seen[-1]) == ["arrays", "metrics"] and set(seen[-1]["metrics"]) <= set(policy.TOLD)
+
+
+def test_a_line_that_was_cut_off_is_of_an_answer_that_never_left(tmp_path, caplog):
+    ledger = Ledger(tmp_path / "mine.ledger")
+    ledger.add({"kind": ROUND, "run": 1})
+    whole = ledger.path.read_bytes()
+    ledger.path.write_bytes(whole + whole[: len(whole) // 2])
+    assert len(ledger.entries()) == 1 and "its last line was cut off" in caplog.text
+    ledger.add({"kind": ROUND, "run": 2})
+    assert [one["run"] for one in ledger.entries()] == [1, 2]
+    ledger.path.write_bytes(ledger.path.read_bytes()[:-1])  # whole but for its end
+    ledger.add({"kind": ROUND, "run": 3})
+    assert [one["run"] for one in ledger.entries()] == [1, 2, 3]
+    ledger.path.write_bytes(whole[: len(whole) // 2] + b"\n" + whole)
+    with pytest.raises(ValueError, match="is damaged"):
+        ledger.entries()
+
+
+@pytest.mark.parametrize(
+    "change", [{"steps": -3}, {"sample_rate": 2.0}, {"noise_multiplier": float("nan")}, {"steps": "4"}]
+)
+def test_a_mechanism_that_cannot_be_is_damage(tmp_path, change):
+    ledger = Ledger(tmp_path / "mine.ledger")
+    ledger.add({"kind": NOISE, "run": 1, "noise_multiplier": 1.0, "sample_rate": 0.1, "steps": 2} | change)
+    with pytest.raises(ValueError, match="is damaged"):
+        ledger.epsilon(1e-5)
+
+
+def test_a_ledger_is_found_from_any_folder_and_scores_follow_the_limits(file, tmp_path):
+    path = file("ledger: mine.ledger\nlargest_epsilon: 8")
+    assert policy.load(path).ledger == str(tmp_path / "mine.ledger") and policy.load(path).scores is False
+    assert policy.load(file("")).scores is True and policy.load(file("least_hospitals: 3\nscores: true")).scores is True

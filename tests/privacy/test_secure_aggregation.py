@@ -281,18 +281,20 @@ NOISY = [
 ]
 
 
-def test_no_sum_is_opened_without_its_noise():
-    """Against the mean of clipped updates, over many rounds: the noise of z · C · √(n / t) / n per value."""
-    apart = []
+@pytest.mark.parametrize("weights", ["uniform", "cards"])
+def test_no_sum_is_opened_without_its_noise(weights):
+    """Against the mean of clipped updates, over many rounds: noise of z · C · max pₖ · √(n / t) per value."""
+    apart, shares = [], [1 / 4] * 4 if weights == "uniform" else [0.1, 0.2, 0.3, 0.4]
     for seed in range(30):
-        cfg = tiny.settings(*NOISY, f"federation.privacy.noise_seed={seed}", rounds=1)
+        how = [f"federation.privacy.noise_seed={seed}", f"federation.privacy.client.weights={weights}"]
+        cfg = tiny.settings(*NOISY, *how, rounds=1)
         found, _ = tiny.federate(cfg, tiny.masked(tiny.client()))
         made = [tiny.update(tiny.START, hospital, 1) for hospital in range(4)]
         cut = [noise.clip({key: one[key] - tiny.START[key] for key in one}, 2.0) for one in made]
-        mean = {key: tiny.START[key] + np.mean([one[key] for one in cut], axis=0) for key in found}
+        mean = {key: tiny.START[key] + np.average([one[key] for one in cut], 0, shares) for key in found}
         apart += [(found[key] - mean[key]).ravel() for key in found]
     apart = np.concatenate(apart)
-    assert apart.std() == pytest.approx(0.5 * 2 * np.sqrt(4 / 3) / 4, rel=0.12) and abs(apart.mean()) < 0.06
+    assert apart.std() == pytest.approx(0.5 * 2 * np.sqrt(4 / 3) * max(shares), rel=0.12) and abs(apart.mean()) < 0.06
 
 
 def test_noise_repeats_with_its_seed_and_not_without():
