@@ -213,7 +213,7 @@ def cheat(message, context, call_next):
     return reply
 
 
-app = ClientApp(mods=[packing.client_mod, cheat, """
+MODS = [packing.client_mod, cheat, """
 
 
 def test_garbage_and_a_late_reply_are_left_out_and_said(running, cfg):
@@ -221,9 +221,9 @@ def test_garbage_and_a_late_reply_are_left_out_and_said(running, cfg):
     cfg = config.load(cfg, "federation.fraction_evaluate=0", "federation.timeout=60")
     app, said = deployed_runs.bundle(running, cfg, "cheated"), []
     code = (app / "fedllm_helpers" / "federation" / "client_app.py").read_text()
-    assert "app = ClientApp(mods=[packing.client_mod, " in code
+    assert "MODS = [packing.client_mod, " in code
     (app / "fedllm_helpers" / "federation" / "client_app.py").write_text(
-        code.replace("app = ClientApp(mods=[packing.client_mod, ", CHEAT)
+        code.replace("MODS = [packing.client_mod, ", CHEAT)
     )
     deployed_runs.follow(running, deployed_runs.submit(running, cfg, "cheated", app=app), said.append)
     clients = deployed_runs.collect(running, cfg, "cheated").clients
