@@ -61,9 +61,8 @@ def main(grid: Grid, context: Context) -> None:
     progress = str(given.get("progress", ""))
     if folder and progress == "lines":
         print(f"rounds are kept in {folder}: a run with this folder in its settings goes on from there", flush=True)
-    if cfg.federation.privacy.noise_seed is not None and not getattr(
-        grid, "lazy", False
-    ):  # in one process all is known
+    apart = not getattr(grid, "lazy", False)  # in one process all is known anyway
+    if apart and cfg.federation.privacy.noise_seed is not None:
         logger.warning("federation.privacy.noise_seed is set: whoever knows it can take the noise off; for study only")
     with quiet_flower(), run_folders.alone_in(folder):
         cfg, answers = join(grid, cfg)

@@ -9,7 +9,8 @@ cannot change it; other *code* could, and a deployed run brings its code along: 
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def mod(message: Message, context: Context, call_next: Callable[[Message, Contex
     if kind != "train":
         return call_next(message, context)
     entry = _entry(message)
-    with Ledger(policy.ledger).held():
+    with _at_home(), Ledger(policy.ledger).held():
         _check_round(policy, entry)
     reply = call_next(message, context)
     if reply.has_error():
@@ -142,12 +143,19 @@ def mod(message: Message, context: Context, call_next: Callable[[Message, Contex
         _only_told(reply)
     if entry["masked"]:
         entry["update"] = str(context.state[LATEST]["update"])
-    try:
+    with _at_home():
         _book(policy, context.run_id, entry | {"private": given is not None}, given)
+    return reply
+
+
+@contextmanager
+def _at_home() -> Iterator[None]:
+    """Say of a ledger that cannot be held or written no more than that: its path stays here."""
+    try:
+        yield
     except (OSError, Timeout) as error:
         logger.error("%s", error)
         raise Refused("this hospital's ledger cannot be written, and so nothing leaves; see its own log") from None
-    return reply
 
 
 def _only_told(reply: Message) -> None:

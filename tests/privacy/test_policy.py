@@ -11,7 +11,7 @@ import tiny
 from fedllm_helpers import config
 from fedllm_helpers.adapters.records import to_record
 from fedllm_helpers.federation import client_app, in_process, server_app, simulation
-from fedllm_helpers.privacy import accounting, masked_clients, policy, promises, standing
+from fedllm_helpers.privacy import accounting, policy, promises, standing
 from fedllm_helpers.privacy.ledger import NOISE, ROUND, Ledger
 
 MASKS = ["federation.secure_aggregation.threshold=3", "federation.secure_aggregation.value_range=4"]
@@ -248,7 +248,16 @@ def test_noise_is_as_the_policy_wants_it_and_the_promise_stays_here(file, text, 
 
     _, tables = tiny.federate(tiny.settings(rounds=1), whole)
     assert said in statuses(tables)[0]
-    assert not any(promises.PROMISE in content for content in seen if text is None)
+    assert not any(promises.PROMISE in content for content in seen)
+
+
+def test_a_ledger_without_a_folder_lets_nothing_leave_and_its_path_stays(file, tmp_path, caplog):
+    path = file(f"ledger: {tmp_path}/unmounted/mine.ledger")
+    (tmp_path / "unmounted").write_text("no folder")
+    with pytest.raises(RuntimeError, match="ledger cannot be written, and so nothing leaves") as caught:
+        tiny.federate(tiny.settings(hospitals=1, rounds=1), ruled(tiny.client(), path))
+    said = str(caught.value) + "".join(getattr(caught.value, "__notes__", []))
+    assert "unmounted" not in said and "unmounted" in caplog.text
 
 
 def test_a_damaged_ledger_lets_nothing_leave(file, caplog):
@@ -314,7 +323,6 @@ def test_settings_with_masks_send_nothing_without_the_orders_of_masks():
     message.content = tiny.RecordDict({"arrays": to_record(tiny.START)})
     with pytest.raises(ValueError, match="masks were promised, and this order to train has none"):
         client_app.PROMISED(message, context, lambda *given: pytest.fail("it trained"))
-    assert masked_clients.SENT not in message.content.config_records
 
 
 def test_the_ledger_is_a_line_for_each_answer(tmp_path):
