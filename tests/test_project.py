@@ -195,7 +195,33 @@ def test_what_travels_loads_no_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 
-@pytest.mark.parametrize("room", ["adapters", "aggregation", "communication", "deployment", "federation", "privacy"])
+SMALL = """
+import sys
+from flwr.app import ConfigRecord, Message, RecordDict
+from omegaconf import OmegaConf
+from fedllm_helpers import config
+from fedllm_helpers.federation import client_app
+from fedllm_helpers.federation.in_process import InProcessGrid
+
+cfg = config.load("cpu", "federation.secure_aggregation.threshold=4")
+print(*{"torch", "transformers", "peft", "datasets", "pandas"} & set(sys.modules))
+with InProcessGrid(client_app.app, 6, {"config": OmegaConf.to_yaml(cfg)}) as grid:
+    for kind, given in (("query", {}), ("query.keys", {"round": 1, "attempt": 0, "hospital": 0})):
+        asked = Message(RecordDict({"secure": ConfigRecord(given)} if given else {}), 2, kind)
+        print(*[kind for reply in grid.send_and_receive([asked]) if not reply.has_error()])
+print(*{"torch", "transformers", "peft"} & set(sys.modules))
+"""
+
+
+def test_a_hospital_answers_small_messages_without_torch():
+    done = subprocess.run([sys.executable, "-c", SMALL], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n") == ["", "query", "query.keys", "", ""]
+
+
+ROOMS = "adapters aggregation communication data deployment evaluation federation models privacy training"
+
+
+@pytest.mark.parametrize("room", ROOMS.split())
 def test_a_face_shows_its_names_before_they_are_imported(room):
     face = import_module(f"fedllm_helpers.{room}")
     assert set(face.__all__) <= set(dir(face)) and all(getattr(face, name) is not None for name in face.__all__)

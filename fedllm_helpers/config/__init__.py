@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,6 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 from fedllm_helpers.config import contradictions, prompts, training_arguments
 from fedllm_helpers.config.schema import Config
 from fedllm_helpers.config.sealing import sealed
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["checked", "explain", "load"]
 
@@ -106,7 +108,7 @@ def checked(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
-def explain(config: DictConfig) -> pd.DataFrame:
+def explain(config: DictConfig) -> "pd.DataFrame":
     """One row per setting: its key, its value here, and what it means. Taught in notebook 02.
 
     Args:
@@ -127,6 +129,8 @@ def explain(config: DictConfig) -> pd.DataFrame:
             ]
         else:
             rows.append((key, value, setting.metadata["meaning"]))
+    import pandas as pd  # half a second that a small message need not wait
+
     return pd.DataFrame(rows, columns=["key", "value", "meaning"])
 
 

@@ -6,9 +6,16 @@ and where a file says whose a card is, ``patient_id``.
 finds the parts of a dataset, :mod:`splitting` divides cards, and :mod:`prompts` writes what a model reads.
 """
 
-from fedllm_helpers.config.prompts import PROMPTS
-from fedllm_helpers.data.loading import WHOLE_FILE, load, load_flashcards, load_parts
-from fedllm_helpers.data.prompts import format_prompt
-from fedllm_helpers.data.splitting import choose, split
+from fedllm_helpers.faces import face
 
-__all__ = ["PROMPTS", "WHOLE_FILE", "choose", "format_prompt", "load", "load_flashcards", "load_parts", "split"]
+NAMES = {
+    "PROMPTS": "prompts",
+    "WHOLE_FILE": "loading",
+    "choose": "splitting",
+    "format_prompt": "prompts",
+    "load": "loading",
+    "load_flashcards": "loading",
+    "load_parts": "loading",
+    "split": "splitting",
+}
+__getattr__, __dir__, __all__ = face(__name__, NAMES)

@@ -1,26 +1,18 @@
 """How good a model is: likelihood, greedy answers and multiple choice, with intervals. Taught in notebook 02."""
 
-from fedllm_helpers.evaluation.intervals import Estimate
-from fedllm_helpers.evaluation.scoring import (
-    AnswerScores,
-    accuracy,
-    generate,
-    mean_nll,
-    nll_difference,
-    perplexity,
-    score_answers,
-)
-from fedllm_helpers.evaluation.tokens import token_losses, token_scores
+from fedllm_helpers.faces import face
 
-__all__ = [
-    "AnswerScores",
-    "Estimate",
-    "accuracy",
-    "generate",
-    "mean_nll",
-    "nll_difference",
-    "perplexity",
-    "score_answers",
-    "token_losses",
-    "token_scores",
-]
+NAMES = {
+    "AnswerScores": "scoring",
+    "Estimate": "intervals",
+    "accuracy": "scoring",
+    "generate": "scoring",
+    "mean_nll": "scoring",
+    "nll_difference": "scoring",
+    "over_seeds": "intervals",
+    "perplexity": "scoring",
+    "score_answers": "scoring",
+    "token_losses": "tokens",
+    "token_scores": "tokens",
+}
+__getattr__, __dir__, __all__ = face(__name__, NAMES)

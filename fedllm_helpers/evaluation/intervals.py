@@ -1,6 +1,6 @@
-"""A figure with n and an interval: the bootstrap behind every number of this package."""
+"""A figure with n and an interval: the bootstrap behind every number of this package, and Student's t over seeds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % interval from a bootstrap over ``n`` cards or questions."""
+    """A figure with its 95 % interval over ``n`` cards, questions or seeds."""
 
     value: float
     low: float
@@ -42,3 +42,20 @@ def bootstrapped(statistic: Callable, samples: tuple[np.ndarray, ...], seed: int
         samples, statistic, paired=True, vectorized=True, method="percentile", n_resamples=2000, rng=rng
     ).confidence_interval
     return Estimate(value, float(interval.low), float(interval.high), n)
+
+
+def over_seeds(values: Iterable[float]) -> Estimate:
+    """The mean of one figure per seed, with its 95 % interval by Student's t: the luck of training, not of cards.
+
+    Seeds whose splits share cards depend on each other a little, so that the interval is rather too short.
+
+    Raises:
+        ValueError: fewer than two seeds.
+    """
+    from scipy.stats import t
+
+    found = np.asarray(list(values), dtype=float)
+    if len(found) < 2:
+        raise ValueError(f"an interval needs at least 2 seeds, there are {len(found)}")
+    half = t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / len(found) ** 0.5
+    return Estimate(float(found.mean()), float(found.mean() - half), float(found.mean() + half), len(found))

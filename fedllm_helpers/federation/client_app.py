@@ -6,29 +6,27 @@ import time
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from omegaconf import DictConfig, OmegaConf
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
 
-from fedllm_helpers import data, models, training
+from fedllm_helpers import data, evaluation, models, training  # a small message waits for nothing of what they import
 from fedllm_helpers.adapters import packing
 from fedllm_helpers.adapters.records import from_record, to_record
 from fedllm_helpers.aggregation import edits, rules
 from fedllm_helpers.aggregation.loraxs import factors_of
 from fedllm_helpers.communication import compression
 from fedllm_helpers.config.runs import settings
-from fedllm_helpers.data import partitions
-from fedllm_helpers.evaluation.scoring import score_answers
-from fedllm_helpers.models import cores, editing
-from fedllm_helpers.models.process import base_model, cpu_threads
 from fedllm_helpers.privacy import guards, masked_clients, noise, policy, promises
 from fedllm_helpers.privacy.masked_clients import ATTEMPT
-from fedllm_helpers.training import guarantees
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 TIMES = 8  # a card stands in a batch at most: a hospital with few cards takes part with the batch of the others
@@ -72,9 +70,9 @@ def train(message: Message, context: Context) -> Message:
     work = _work(cfg, mine, int(orders["server-round"]), hospital, *([attempt] if attempt else []))
     how = {"learning_rate": float(orders["lr"]), "proximal_mu": float(orders.get("proximal-mu", 0.0))}
     model, tokenizer = _given(cfg, message)
-    with cpu_threads(cfg), editing.edited(model, edits.edit_of(message)):
+    with models.process.cpu_threads(cfg), models.editing.edited(model, edits.edit_of(message)):
         before = _loss(cfg, work.probe)
-        with editing.only_trained(model, rules.trained(message)):
+        with models.editing.only_trained(model, rules.trained(message)):
             record = training.fine_tune(
                 model, tokenizer, work.cards, work.settings, **how, trainer=work.trainer, description=None
             )
@@ -87,10 +85,10 @@ def train(message: Message, context: Context) -> Message:
     return Message(RecordDict(content), reply_to=message)
 
 
-def _given(cfg: DictConfig, message: Message) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+def _given(cfg: DictConfig, message: Message) -> tuple["PeftModel", "PreTrainedTokenizerBase"]:
     """The model with the adapter that came down, and its tokenizer."""
-    model, tokenizer = base_model(cfg)
-    cores.check(model, factors_of(message))
+    model, tokenizer = models.process.base_model(cfg)
+    models.cores.check(model, factors_of(message))
     models.set_adapter(model, from_record(message.content["arrays"]))
     return model, tokenizer
 
@@ -104,30 +102,26 @@ class Work:
     ``promise`` tells a hospital's own policy of it.
     """
 
-    cards: Dataset
+    cards: "Dataset"
     settings: DictConfig
-    probe: Dataset
+    probe: "Dataset"
     trainer: partial | None = None
     examples: int = 0
     promise: dict[str, ConfigRecord] = field(default_factory=dict)
 
 
-def _work(cfg: DictConfig, mine: Dataset, *seeds: int) -> Work:
-    local, (plan, some, owners) = training.round_config(cfg, *seeds), guarantees.planned(cfg, mine)
+def _work(cfg: DictConfig, mine: "Dataset", *seeds: int) -> Work:
+    local, (plan, some, owners) = training.round_config(cfg, *seeds), training.guarantees.planned(cfg, mine)
     if plan is None:
         cards = cards_of_round(mine, cfg, *seeds)
         return Work(cards, local, cards.select([]) if noise.silent(cfg) else _first_batch(cards, local))
-    from fedllm_helpers.training import (
-        dp_sgd,  # Opacus takes a second to import, and a deployed client is a new process each time
-    )
-
-    trainer = dp_sgd.trainer(plan, noise.noise_seed(cfg, 1, *seeds), owners)  # it draws from all cards
+    trainer = training.dp_sgd.trainer(plan, noise.noise_seed(cfg, 1, *seeds), owners)  # it draws from all cards
     rounds, seeded = cfg.federation.num_rounds, cfg.federation.privacy.noise_seed is not None
     said = promises.promise(plan, plan.steps // rounds, seeded=seeded)
     return Work(some, local, mine.select([]), trainer, round(plan.examples / rounds), said)
 
 
-def _first_batch(cards: Dataset, local: DictConfig) -> Dataset:
+def _first_batch(cards: "Dataset", local: DictConfig) -> "Dataset":
     batch = local.train.training_arguments.get("per_device_train_batch_size", 8)
     return cards.select(range(min(len(cards), batch)))
 
@@ -139,19 +133,19 @@ def evaluate(message: Message, context: Context) -> Message:
     cards, metrics = node_cards(context, hospital)[1], {"partition-id": hospital, "num-examples": 0, "nll": 0.0}
     if len(cards):
         model, _ = _given(cfg, message)
-        with cpu_threads(cfg), editing.edited(model, edits.edit_of(message)):
+        with models.process.cpu_threads(cfg), models.editing.edited(model, edits.edit_of(message)):
             metrics |= {"num-examples": len(cards), "nll": _loss(cfg, cards)}
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
 
 
-def _loss(cfg: DictConfig, cards: Dataset) -> float:
+def _loss(cfg: DictConfig, cards: "Dataset") -> float:
     if not len(cards):
         return math.nan
-    scores = score_answers(*base_model(cfg), cards, cfg)
+    scores = evaluation.score_answers(*models.process.base_model(cfg), cards, cfg)
     return float(scores.nll.sum() / scores.tokens.sum())
 
 
-def node_cards(context: Context, hospital: int) -> tuple[Dataset, Dataset]:
+def node_cards(context: Context, hospital: int) -> tuple["Dataset", "Dataset"]:
     """(train, test) cards of this node: those of the folder that its own ``--node-config`` names as ``data``.
 
     The folder holds ``train.*`` and, to be scored, ``test.*``, of any kind that :func:`fedllm_helpers.data.load_parts`
@@ -177,7 +171,7 @@ def node_cards(context: Context, hospital: int) -> tuple[Dataset, Dataset]:
         raise (FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError)(said) from None
 
 
-def own_cards(cfg: DictConfig, hospital: int) -> tuple[Dataset, Dataset]:
+def own_cards(cfg: DictConfig, hospital: int) -> tuple["Dataset", "Dataset"]:
     """(train, test) cards of one hospital, from 0.
 
     Raises:
@@ -188,25 +182,27 @@ def own_cards(cfg: DictConfig, hospital: int) -> tuple[Dataset, Dataset]:
 
 
 @lru_cache(maxsize=2)
-def _all_cards(text: str) -> tuple[list[Dataset], list[Dataset]]:
+def _all_cards(text: str) -> tuple[list["Dataset"], list["Dataset"]]:
     cfg = OmegaConf.create(text)
     train_cards, test_cards = data.load(cfg)
     how = cfg.federation
-    parts = partitions.partition(train_cards, how.num_clients, how.partition, alpha=how.dirichlet_alpha, seed=cfg.seed)
-    return parts, partitions.partition_like(test_cards, parts)
+    parts = data.partitions.partition(
+        train_cards, how.num_clients, how.partition, alpha=how.dirichlet_alpha, seed=cfg.seed
+    )
+    return parts, data.partitions.partition_like(test_cards, parts)
 
 
 def check_cards(cfg: DictConfig) -> None:
     """Raise ValueError, in one line and before anyone trains, for hospitals whose cards the settings do not fit."""
     for hospital in range(cfg.federation.num_clients):
         cards = own_cards(cfg, hospital)[0]
-        if guarantees.planned(cfg, cards)[0] is None:
+        if training.guarantees.planned(cfg, cards)[0] is None:
             batch = len(_first_batch(cards_of_round(cards, cfg, 1, hospital), training.round_config(cfg)))
             if batch > len(cards):
                 logger.warning("hospital %d: a batch of %d repeats some of its cards (%d)", hospital, batch, len(cards))
 
 
-def cards_of_round(cards: Dataset, cfg: DictConfig, number: int, hospital: int = 0, *more: int) -> Dataset:
+def cards_of_round(cards: "Dataset", cfg: DictConfig, number: int, hospital: int = 0, *more: int) -> "Dataset":
     """The cards that a round trains on: fresh ones while there are any, then the next shuffle, from the seed alone.
 
     Nothing has to be remembered between rounds, so a run that was killed goes on with the very same cards.

@@ -5,17 +5,17 @@ cores of it from what :mod:`stored` reads, :mod:`embedded` fetches the model of 
 what does not go together, :mod:`editing` adds to a base's weights, and :mod:`process` keeps one per process.
 """
 
-from fedllm_helpers.models.exchange import get_adapter, load_adapter, save_adapter, set_adapter
-from fedllm_helpers.models.lora import add_adapter, autocast, device_and_dtype, load, locate
+from fedllm_helpers.faces import face
 
-__all__ = [
-    "add_adapter",
-    "autocast",
-    "device_and_dtype",
-    "get_adapter",
-    "load",
-    "load_adapter",
-    "locate",
-    "save_adapter",
-    "set_adapter",
-]
+NAMES = {
+    "add_adapter": "lora",
+    "autocast": "lora",
+    "device_and_dtype": "lora",
+    "get_adapter": "exchange",
+    "load": "lora",
+    "load_adapter": "exchange",
+    "locate": "lora",
+    "save_adapter": "exchange",
+    "set_adapter": "exchange",
+}
+__getattr__, __dir__, __all__ = face(__name__, NAMES)

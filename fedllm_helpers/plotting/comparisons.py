@@ -95,3 +95,30 @@ def cost_to_target(table: pd.DataFrame, target: float, title: str) -> Figure:
         axes.margins(x=0.12, y=0.15)
         axes.grid(which="minor", visible=False)
     return figure
+
+
+def families(table: pd.DataFrame, xlabel: str, ylabel: str, title: str) -> Figure:
+    """Quality against size for kinds of adapters that each come in several sizes: a line for each, with intervals.
+
+    Args:
+        table: columns ``family``, ``label`` (written beside each mark), ``kilobytes`` (above 0), ``value``, ``low`` and
+            ``high``, in the order of the sizes.
+        xlabel, ylabel, title: of the figure, with units.
+    """
+    looks = itertools.cycle(zip(("#1f4e8c", "#e08214", "#1b8a5a", "#b2479a", "#555555"), "Ds^Po", strict=True))
+    with plt.style.context(STYLE):
+        figure, axes = plt.subplots(figsize=(8.4, 4.4))
+        axes.axhline(0, color="black", linewidth=1)
+        for (family, part), (colour, mark) in zip(table.groupby("family", sort=False), looks, strict=False):
+            spread = [part["value"] - part["low"], part["high"] - part["value"]]
+            look = {"fmt": f"{mark}-", "color": colour, "markersize": 5, "linewidth": 1}
+            axes.errorbar(part["kilobytes"], part["value"], yerr=spread, label=family, **look)
+            for row in part.itertuples():
+                beside = {"textcoords": "offset points", "color": colour, "fontsize": 9}
+                axes.annotate(row.label, (row.kilobytes, row.value), (5, 4), **beside)
+        axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
+        plain_ticks(axes)
+        axes.margins(x=0.08)
+        axes.grid(which="minor", visible=False)
+        figure.legend(loc="outside right upper")
+    return figure

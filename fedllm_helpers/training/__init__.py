@@ -4,6 +4,14 @@
 for every card, and :mod:`guarantees` says what that promises.
 """
 
-from fedllm_helpers.training.fine_tuning import AdapterTrainer, Round, TrainingRecord, fine_tune, round_config, rounds
+from fedllm_helpers.faces import face
 
-__all__ = ["AdapterTrainer", "Round", "TrainingRecord", "fine_tune", "round_config", "rounds"]
+NAMES = {
+    "AdapterTrainer": "fine_tuning",
+    "Round": "fine_tuning",
+    "TrainingRecord": "fine_tuning",
+    "fine_tune": "fine_tuning",
+    "round_config": "fine_tuning",
+    "rounds": "fine_tuning",
+}
+__getattr__, __dir__, __all__ = face(__name__, NAMES)

@@ -51,6 +51,15 @@ def test_pairing_sees_what_separate_intervals_do_not():
         evaluation.nll_difference(first, evaluation.AnswerScores(tokens * 1.0, tokens + 1))
 
 
+def test_an_interval_over_seeds_is_student_s():
+    found = evaluation.over_seeds([0.021, 0.012, 0.040])
+    assert found.value == pytest.approx(0.0243, abs=1e-4) and found.n == 3
+    assert (found.high - found.low) / 2 == pytest.approx(4.3027 * np.std([21, 12, 40], ddof=1) / 1e3 / 3**0.5, rel=1e-4)
+    assert found.low < 0, "three seeds that agree in sign need not exclude nought"
+    with pytest.raises(ValueError, match="at least 2 seeds, there are 1"):
+        evaluation.over_seeds([0.3])
+
+
 def test_perplexity_is_the_exponential_and_accuracy_the_share():
     scores = evaluation.AnswerScores(np.array([2.0, 4.0, 9.0]), np.array([2, 2, 3]))
     assert evaluation.perplexity(scores).value == pytest.approx(np.exp(15 / 7))
