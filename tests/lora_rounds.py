@@ -9,8 +9,9 @@ from fedllm_helpers.adapters import factors
 from fedllm_helpers.adapters.records import from_record, to_record
 from fedllm_helpers.aggregation import edits, rules
 from fedllm_helpers.config.runs import settings
-from fedllm_helpers.federation import in_process, server_app
+from fedllm_helpers.federation import server_app
 from fedllm_helpers.federation.chain import compose
+from fedllm_helpers.grids import in_process
 
 RANK, SHAPES = 4, {"m.q": (11, 7), "m.v": (5, 9)}
 LORA = ["model.lora.peft_lora_r=4", "model.lora.peft_lora_alpha=12"]

@@ -106,7 +106,7 @@ def test_the_preset_learns_in_4_bits_and_its_adapter_opens_with_plain_peft(prese
     assert evaluation.nll_difference(untuned, other).low > 0.1, "16 bits, an adapter that was trained on 4"
 
 
-@pytest.mark.parametrize("backend", ["in-process", "ray"])
+@pytest.mark.parametrize("backend", ["in-process", "side-by-side", "ray"])
 def test_the_preset_federates(preset, backend, tmp_path):
     if backend == "ray":
         pytest.importorskip("ray", reason="the extra `sim` (Ray) is not installed")

@@ -201,7 +201,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from omegaconf import OmegaConf
 from fedllm_helpers import config
 from fedllm_helpers.federation import client_app
-from fedllm_helpers.federation.in_process import InProcessGrid
+from fedllm_helpers.grids.in_process import InProcessGrid
 
 cfg = config.load("cpu", "federation.secure_aggregation.threshold=4")
 print(*{"torch", "transformers", "peft", "datasets", "pandas"} & set(sys.modules))
@@ -218,7 +218,7 @@ def test_a_hospital_answers_small_messages_without_torch():
     assert done.stdout.split("\n") == ["", "query", "query.keys", "", ""]
 
 
-ROOMS = "adapters aggregation communication data deployment evaluation federation models privacy training"
+ROOMS = "adapters aggregation communication data deployment evaluation federation grids models privacy training"
 
 
 @pytest.mark.parametrize("room", ROOMS.split())

@@ -5,7 +5,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from fedllm_helpers import config
 from fedllm_helpers.adapters import packing
-from fedllm_helpers.federation import in_process, server_app
+from fedllm_helpers.federation import server_app
+from fedllm_helpers.grids import in_process
 from fedllm_helpers.privacy import masked_clients
 
 START = {"b.A": np.zeros((2, 5), np.float32), "a.B": np.ones((3, 2), np.float32)}  # not in the alphabet's order

@@ -10,7 +10,7 @@ from fedllm_helpers import limits
 from fedllm_helpers.adapters.records import from_record, to_record
 from fedllm_helpers.attacks.audit import BEFORE_CLIPPING, Audited, Canaries
 from fedllm_helpers.attacks.bounds import Mechanism
-from fedllm_helpers.federation import in_process
+from fedllm_helpers.grids import in_process
 from fedllm_helpers.privacy.noised import Noised
 
 NAME = "audited"  # of the only array of the adapter

@@ -21,11 +21,11 @@ from fedllm_helpers.config.runs import settings
 from fedllm_helpers.evaluation.scoring import score_answers
 from fedllm_helpers.federation import checkpoints, resumed, run_folders
 from fedllm_helpers.federation.chain import Chain, compose
-from fedllm_helpers.federation.in_process import quiet_flower
 from fedllm_helpers.federation.nodes import Answers, hospitals, join
 from fedllm_helpers.federation.provenance import fingerprint, provenance
 from fedllm_helpers.federation.rounds import Federation, run_round
 from fedllm_helpers.federation.tables import Tables, bar, report
+from fedllm_helpers.grids.in_process import quiet_flower
 from fedllm_helpers.models import cores, editing
 from fedllm_helpers.models.process import base_model, cpu_threads, first_adapter
 from fedllm_helpers.privacy import noise

@@ -1,30 +1,38 @@
-"""The two Flower apps without a network: all in this process (default), or on Ray."""
+"""The two Flower apps without a network: all in this process (default), side by side in several, or on Ray."""
 
+import contextlib
+import gc
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from flwr.app import Context, Message, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
 from omegaconf import DictConfig, OmegaConf
 
-from fedllm_helpers import limits
+from fedllm_helpers import config, limits
 from fedllm_helpers.adapters.records import Adapter, from_record
 from fedllm_helpers.aggregation import rules
 from fedllm_helpers.config import checked
 from fedllm_helpers.federation import client_app, run_folders, server_app
-from fedllm_helpers.federation.in_process import SERVER_NODE, InProcessGrid, quiet_flower
 from fedllm_helpers.federation.provenance import fingerprint, provenance
 from fedllm_helpers.federation.tables import Tables
+from fedllm_helpers.grids import on_ray, serving, sizing
+from fedllm_helpers.grids.in_process import SERVER_NODE, InProcessGrid, quiet_flower
+from fedllm_helpers.grids.side_by_side import SideBySideGrid
+from fedllm_helpers.models import shared
 from fedllm_helpers.models.lora import device_and_dtype
+from fedllm_helpers.models.process import base_model
+from fedllm_helpers.training import memory
 
-BACKENDS = ("in-process", "ray")
+logger = logging.getLogger(__name__)
+BACKENDS = ("in-process", "side-by-side", "ray")
+App = Callable[[Message, Context], Message]
 
 
 @dataclass(frozen=True)
@@ -51,50 +59,118 @@ def run(
     folder: str | Path | None = None,
     progress: bool = True,
     actors: int = 2,
-    client: Callable[[Message, Context], Message] = client_app.app,
+    workers: int | None = None,
+    client: App = client_app.app,
 ) -> FederatedRecord:
     """Run a federation on this machine. Taught in notebook 03.
 
     Args:
         cfg: from :func:`fedllm_helpers.config.load`.
-        backend: ``"in-process"``: clients one after the other, one copy of the model. ``"ray"``: in several processes
-            (extra ``sim``), each with its copy of the model. On CPUs, with the same ``federation.threads``, the
-            adapters are the same to the last bit.
+        backend: ``"in-process"``: clients one after the other, one copy of the model. ``"side-by-side"``: several at a
+            time, in worker processes that share one copy of the model's weights; what they take to start pays off in
+            runs of minutes. Where ``federation.threads`` is not set, it is 1 there. ``"ray"``: in several processes
+            of Flower's (extra ``sim``), each with its copy of the model. On CPUs, with the same ``federation.threads``,
+            the adapters are the same to the last bit, and a run goes on with any of them.
         folder: where every finished round is kept; one with rounds of the same settings is gone on with, and files of
-            others stay. None keeps nothing. What hospitals remember is kept in process; on Ray it ends with the run.
-        progress: whether to show a bar over rounds and clients.
+            others stay. None keeps nothing. What hospitals remember is kept, too; on Ray it ends with the run.
+        progress: whether to show a bar over rounds and clients, and to say how many workers were chosen.
         actors: processes of Ray that train at the same time; ``federation.threads`` times ``actors`` should be the
             cores, or they stand in each other's way.
-        client: another ClientApp in place of the package's, in process, such as one with a hospital that cheats.
+        workers: processes side by side. None chooses: one on a GPU, else what cores and free memory allow.
+        client: another ClientApp in place of the package's, such as one with a hospital that cheats: any in process;
+            side by side one that stands under a name in a module, which workers import; none on Ray.
 
     Returns:
         Adapter, tables and provenance.
 
     Raises:
-        ValueError: an unknown backend, cards that cannot be divided or that the settings do not fit, or a folder with
-            another run or something else.
-        RuntimeError: no hospital of a round sent a usable adapter; with the first one's traceback.
+        ValueError: an unknown backend, cards that cannot be divided or that the settings do not fit, a folder with
+            another run or something else, more workers than memory holds, or a client that they cannot import.
+        RuntimeError: no hospital of a round sent a usable adapter; with the first one's traceback. Or no worker starts.
         ModuleNotFoundError: Ray is not installed.
     """
+    _check(backend, workers, actors, client)
+    with quiet_flower():
+        if backend == "ray":
+            given, gpu = _given(cfg, folder, progress), device_and_dtype(cfg.model.device)[0].type == "cuda"
+            context = on_ray.run_apps(server_app.app, _own_client, cfg.federation.num_clients, given, actors, gpu)
+            return _record(context, provenance(cfg, backend=backend), {})
+        facts: dict[str, Any] = {"backend": backend}
+        if backend == "side-by-side":
+            cfg, facts["workers"] = _workers(cfg, workers, progress)
+        with _grid(checked(cfg), client, facts.get("workers")) as grid:
+            grid.run_config = given = _given(cfg, folder, progress)
+            with _begun(cfg, grid):
+                context = Context(grid.run.run_id, SERVER_NODE, {}, RecordDict(), given)
+                server_app.app(grid, context)
+            return _record(context, provenance(cfg, **facts), grid.kept(rules.PERSONAL))
+
+
+def _check(backend: str, workers: int | None, actors: int, client: App) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: known are {', '.join(BACKENDS)}")
     if backend == "ray" and client is not client_app.app:
-        raise ValueError("client: only in process; on Ray the package's own runs")
+        raise ValueError("client: not on Ray, where the package's own runs; in process or side by side")
+    if workers is not None and backend != "side-by-side":
+        raise ValueError(f"workers={workers!r:.60}: they are of backend='side-by-side', and this is {backend!r}")
     limits.whole("actors", actors)
-    client_app.check_cards(checked(cfg))  # more hospitals than cards, or no such specialty: said before anything starts
-    given = {
+    if backend == "side-by-side":
+        serving.named(client)
+
+
+def _given(cfg: DictConfig, folder: str | Path | None, progress: bool) -> dict[str, Any]:
+    """What both apps find in ``context.run_config``.
+
+    Raises:
+        ValueError: cards that the settings do not fit: said before a model is loaded.
+    """
+    client_app.check_cards(checked(cfg))
+    return {
         "config": OmegaConf.to_yaml(cfg),
         "folder": run_folders.named(folder),
         "cards": fingerprint(cfg)["cards"],
         "progress": "bar" if progress else "",
     }
-    with quiet_flower():
-        if backend == "ray":
-            return _record(_run_on_ray(cfg, given, actors), provenance(cfg, backend=backend), {})
-        with InProcessGrid(client, cfg.federation.num_clients, given) as grid:
-            context = Context(grid.run.run_id, SERVER_NODE, {}, RecordDict(), given)
-            server_app.app(grid, context)
-            return _record(context, provenance(cfg, backend=backend), grid.kept(rules.PERSONAL))
+
+
+def _workers(cfg: DictConfig, asked: int | None, progress: bool) -> tuple[DictConfig, int]:
+    """The settings with ``federation.threads``, and the number of workers, which is said."""
+    if checked(cfg).federation.threads is None and device_and_dtype(cfg.model.device)[0].type == "cpu":
+        cfg = config.load(cfg, "federation.threads=1")
+    number, why = sizing.workers(cfg, asked)
+    threads, cores = cfg.federation.threads or 1, sizing.cores()
+    if progress and why:
+        print(f"side by side: workers={number} ({why})", flush=True)
+    if threads * number > cores:
+        said = "federation.threads=%d times workers=%d is more than %d cores: they stand in each other's way"
+        logger.warning(said, threads, number, cores)
+    return cfg, number
+
+
+def _grid(cfg: DictConfig, client: App, workers: int | None) -> InProcessGrid:
+    number = cfg.federation.num_clients
+    return SideBySideGrid(client, number, {}, workers) if workers else InProcessGrid(client, number, {})
+
+
+@contextlib.contextmanager
+def _begun(cfg: DictConfig, grid: InProcessGrid) -> Iterator[None]:
+    """Let the workers of a grid have this process's base model; they import the rest meanwhile."""
+    if not isinstance(grid, SideBySideGrid):
+        yield
+        return
+    with shared.weights(base_model(cfg)[0]) as grid.scratch:
+        grid.begin = partial(_begin, OmegaConf.to_yaml(cfg), grid.scratch, torch.get_num_threads())
+        yield
+
+
+def _begin(settings: str, scratch: str, threads: int) -> None:
+    """In a worker: load cards and base model as the server did, and let go of what is not its own."""
+    torch.set_num_threads(threads)
+    cfg = OmegaConf.create(settings)
+    client_app.own_cards(cfg, 0)
+    shared.take(base_model(cfg)[0], scratch)
+    memory.release()
+    gc.freeze()  # as the server does for its clients in one process: see memory.loaded_set_aside
 
 
 def _record(context: Context, origin: dict[str, Any], personal: dict[int, Adapter]) -> FederatedRecord:
@@ -105,31 +181,5 @@ def _record(context: Context, origin: dict[str, Any], personal: dict[int, Adapte
     return FederatedRecord(adapter, tables.history_frame(), tables.clients_frame(), origin, edit, whole)
 
 
-def _run_on_ray(cfg: DictConfig, given: dict[str, Any], actors: int) -> Context:
-    if find_spec("ray") is None:
-        raise ModuleNotFoundError("backend='ray' needs the extra: pip install 'fedllm-helpers[sim]'")
-    from flwr.simulation import run_simulation  # imports much that the other backend does not need
-
-    kept: list[Context] = []
-    server = ServerApp()
-
-    @server.main()
-    def main(grid: Grid, context: Context) -> None:
-        """The server app with these settings; what it leaves in its context is kept."""
-        context.run_config = given
-        server_app.app(grid, context)
-        kept.append(context)
-
-    on_gpu = device_and_dtype(cfg.model.device)[0].type == "cuda"
-    gpu = int(1e4 / actors) / 1e4 if on_gpu else 0  # Ray rounds to four digits, and a last actor must still fit
-    resources = {
-        "client_resources": {"num_cpus": 1, "num_gpus": gpu},
-        "init_args": {"num_cpus": actors, "include_dashboard": False, "log_to_driver": False},
-    }
-    run_simulation(server, partial(_with_run_config, given), cfg.federation.num_clients, backend_config=resources)
-    return kept[0]
-
-
-def _with_run_config(given: dict[str, Any], message: Message, context: Context) -> Message:
-    app: ClientApp = client_app.app  # Flower refuses a client's context that comes back with other settings
-    return app(message, Context(context.run_id, context.node_id, context.node_config, context.state, given))
+def _own_client(message: Message, context: Context) -> Message:
+    return client_app.app(message, context)

@@ -5,9 +5,7 @@ import io
 import json
 import logging
 import multiprocessing
-import os
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -28,6 +26,7 @@ from fedllm_helpers.evaluation import multiple_choice
 from fedllm_helpers.evaluation.scoring import AnswerScores, score_answers
 from fedllm_helpers.federation import client_app, simulation
 from fedllm_helpers.federation.provenance import fingerprint, provenance
+from fedllm_helpers.grids.serving import end_with_parent
 from fedllm_helpers.models.process import base_model, first_adapter
 from fedllm_helpers.privacy import noise
 
@@ -179,12 +178,7 @@ def pool(processes: int) -> ProcessPoolExecutor:
 
 def _begin() -> None:
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-
-
-def _end_with(parent: multiprocessing.Process) -> None:
-    parent.join()  # a killed parent cannot tell its workers, which would wait for work for ever
-    os._exit(1)
+    end_with_parent()
 
 
 def key_of(cfg: DictConfig, *parts: Any) -> str:

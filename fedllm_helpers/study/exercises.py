@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
 from transformers.pytorch_utils import Conv1D
 
 from fedllm_helpers.adapters.records import Adapter, from_record, to_record
-from fedllm_helpers.federation.in_process import run_apps
+from fedllm_helpers.grids.in_process import run_apps
 
 OPEN, RIGHT = "not answered yet", "right"
 # made-up questions: the options, and the one that shares most words of four letters or more with the question

@@ -17,8 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from fedllm_helpers import attacks, config, folders, models
 from fedllm_helpers.adapters.records import Adapter, from_record, to_record
 from fedllm_helpers.adapters.screening import complaint
-from fedllm_helpers.federation import client_app, in_process
+from fedllm_helpers.federation import client_app
 from fedllm_helpers.federation.provenance import fingerprint, provenance
+from fedllm_helpers.grids import in_process
 from fedllm_helpers.models.process import base_model, first_adapter
 from fedllm_helpers.privacy import secure_aggregation as secure
 from fedllm_helpers.study.arms import KEPT, key_of, pool, run_all

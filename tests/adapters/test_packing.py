@@ -5,7 +5,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedllm_helpers.adapters import packing
-from fedllm_helpers.federation import in_process
+from fedllm_helpers.grids import in_process
 
 RECORDS = {
     "arrays": {"b.A": np.arange(6, dtype=np.float32).reshape(2, 3), "a.B": np.zeros((3, 0), np.float16)},

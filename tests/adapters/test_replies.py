@@ -16,8 +16,9 @@ from fedllm_helpers.adapters import screening
 from fedllm_helpers.adapters.records import message_bytes, to_record
 from fedllm_helpers.adapters.screening import printable
 from fedllm_helpers.config.schema import BY_PRODUCT
-from fedllm_helpers.federation import in_process, nodes, tables
+from fedllm_helpers.federation import nodes, tables
 from fedllm_helpers.federation.chain import compose
+from fedllm_helpers.grids import in_process
 
 HONEST = {key: value + 0.5 for key, value in tiny.START.items()}
 NUMBERS = {"num-examples": 20, "examples": 8, "tokens": 80, "loss-before": 3.0, "loss-after": 2.0, "seconds": 0.1}

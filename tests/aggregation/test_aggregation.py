@@ -15,7 +15,8 @@ from fedllm_helpers import aggregation, config, training
 from fedllm_helpers.adapters.records import from_record, to_record
 from fedllm_helpers.communication import compression
 from fedllm_helpers.config.schema import STRATEGIES
-from fedllm_helpers.federation import chain, in_process, nodes, server_app
+from fedllm_helpers.federation import chain, nodes, server_app
+from fedllm_helpers.grids import in_process
 from fedllm_helpers.training import memory
 
 NEEDED = {

@@ -8,7 +8,7 @@ from lora_rounds import client, federate, plan
 
 from fedllm_helpers.adapters import factors
 from fedllm_helpers.config.schema import EDITING
-from fedllm_helpers.federation import in_process
+from fedllm_helpers.grids import in_process
 
 
 def by_hand(base, until):

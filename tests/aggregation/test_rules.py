@@ -20,7 +20,8 @@ from fedllm_helpers.adapters.records import to_record
 from fedllm_helpers.aggregation import edits, rules
 from fedllm_helpers.communication import compression, estimates
 from fedllm_helpers.config.schema import BY_PRODUCT, EDITING, MIXED, RULES
-from fedllm_helpers.federation import chain, in_process, server_app
+from fedllm_helpers.federation import chain, server_app
+from fedllm_helpers.grids import in_process
 from fedllm_helpers.models import editing
 from fedllm_helpers.privacy import masked_clients  # fmt: skip
 

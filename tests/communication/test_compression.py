@@ -10,7 +10,8 @@ from fedllm_helpers import config
 from fedllm_helpers.adapters.records import to_record
 from fedllm_helpers.communication import compression
 from fedllm_helpers.communication.compression import BITS, decode, encode
-from fedllm_helpers.federation import in_process, server_app
+from fedllm_helpers.federation import server_app
+from fedllm_helpers.grids import in_process
 from fedllm_helpers.models.process import first_adapter
 
 FORMATS = sorted(BITS)

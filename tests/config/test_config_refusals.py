@@ -277,7 +277,17 @@ CALLS = {
     "a model of a part": (lambda: models.load(config.load("cpu").model), "expected a whole configuration"),
     "no actors": (lambda: simulation.run(config.load("cpu"), "ray", actors=0), "actors=0: allowed are whole"),
     "half an actor": (lambda: simulation.run(config.load("cpu"), "ray", actors=1.5), "actors=1.5"),
-    "another backend": (lambda: simulation.run(config.load("cpu"), backend="Ray"), "known are in-process, ray"),
+    "another backend": (lambda: simulation.run(config.load("cpu"), "Ray"), "known are in-process, side-by-side, ray"),
+    "workers in process": (lambda: simulation.run(config.load("cpu"), workers=2), "workers=2: they are of backend="),
+    "no workers": (lambda: simulation.run(config.load("cpu"), "side-by-side", workers=0), "workers=0: allowed"),
+    "workers as text": (lambda: simulation.run(config.load("cpu"), "side-by-side", workers="2"), "workers='2': all"),
+    "too many workers": (
+        lambda: simulation.run(config.load("cpu"), "side-by-side", workers=9999), "fit into",
+    ),
+    "a client without a name": (
+        lambda: simulation.run(config.load("cpu"), "side-by-side", client=lambda m, c: None), "each worker imports it",
+    ),
+    "side by side with a name": (lambda: simulation.run("cpu", "side-by-side"), "expected a whole configuration"),
     "a port beyond": (lambda: deployment.start(config.load("cpu"), "nowhere", port=99999), "from 1 to 65535"),
     "a port as text": (lambda: deployment.start(config.load("cpu"), "nowhere", port="80"), "port='80'"),
     "a port below": (lambda: deployment.start(config.load("cpu"), "nowhere", port=-1), "from 1 to 65535"),

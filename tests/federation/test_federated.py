@@ -92,7 +92,7 @@ def test_settings_that_cannot_work_stop_before_anything_runs(small, override, ex
 
 
 def test_an_unknown_backend_names_the_known(small):
-    with pytest.raises(ValueError, match="unknown backend 'Ray': known are in-process, ray"):
+    with pytest.raises(ValueError, match="unknown backend 'Ray': known are in-process, side-by-side, ray"):
         simulation.run(small, "Ray")
 
 

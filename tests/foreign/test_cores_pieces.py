@@ -17,8 +17,8 @@ from fedllm_helpers.aggregation.loraxs import factors_of
 from fedllm_helpers.communication import compression
 from fedllm_helpers.communication.compression import Compressed
 from fedllm_helpers.communication.metered import Metered
-from fedllm_helpers.federation import in_process
 from fedllm_helpers.federation.resumed import Resumed
+from fedllm_helpers.grids import in_process
 from fedllm_helpers.models import cores
 from fedllm_helpers.privacy import masked_clients
 from fedllm_helpers.privacy.masked import Masked

@@ -15,7 +15,7 @@ from fedllm_helpers.adapters.screened import Screened
 from fedllm_helpers.adapters.wrapping import Wrapper
 from fedllm_helpers.communication import compression
 from fedllm_helpers.communication.metered import Metered
-from fedllm_helpers.federation import in_process
+from fedllm_helpers.grids import in_process
 from fedllm_helpers.privacy import accounting, masked_clients
 from fedllm_helpers.privacy.masked import Masked
 from fedllm_helpers.privacy.noised import Noised

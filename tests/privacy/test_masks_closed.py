@@ -9,7 +9,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedllm_helpers import config
 from fedllm_helpers.adapters.records import to_record
-from fedllm_helpers.federation import checkpoints, client_app, in_process, resumed, server_app
+from fedllm_helpers.federation import checkpoints, client_app, resumed, server_app
+from fedllm_helpers.grids import in_process
 from fedllm_helpers.privacy import masked_clients
 from fedllm_helpers.privacy import secure_aggregation as secure
 

@@ -10,7 +10,8 @@ import tiny
 
 from fedllm_helpers import config
 from fedllm_helpers.adapters.records import to_record
-from fedllm_helpers.federation import client_app, in_process, server_app, simulation
+from fedllm_helpers.federation import client_app, server_app, simulation
+from fedllm_helpers.grids import in_process
 from fedllm_helpers.privacy import accounting, policy, promises, standing
 from fedllm_helpers.privacy.ledger import NOISE, ROUND, Ledger
 

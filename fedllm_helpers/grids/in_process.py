@@ -116,6 +116,15 @@ class InProcessGrid(Grid):
         """The replies, each computed when it is asked for; a client here cannot be timed out."""
         return (self._deliver(message) for message in messages)
 
+    def numbered(self, message: Message) -> Message:
+        """The message, with a number of its own."""
+        message.metadata.__dict__["_message_id"] = str(next(self.numbers))
+        return message
+
+    def names(self, node: int) -> dict[str, int]:
+        """The ``node_config`` of a node."""
+        return {"partition-id": node - FIRST_CLIENT_NODE, "num-partitions": self.num_clients}
+
     def remembered(self) -> dict[str, np.ndarray]:
         """What clients remember, as bytes by node.
 
@@ -125,8 +134,7 @@ class InProcessGrid(Grid):
             node: RecordDict({name: record for name, record in state.items() if not name.startswith(PASSING)})
             for node, state in self.states.items()
         }
-        whole = {str(node): recorddict_to_proto(state).SerializeToString() for node, state in states.items() if state}
-        return {node: np.frombuffer(state, np.uint8) for node, state in whole.items()}
+        return {str(node): np.frombuffer(state_bytes(state), np.uint8) for node, state in states.items() if state}
 
     def kept(self, name: str) -> dict[int, Adapter]:
         """Arrays that clients keep under a name, by hospital."""
@@ -135,29 +143,51 @@ class InProcessGrid(Grid):
 
     def remember(self, states: dict[str, np.ndarray]) -> None:
         """The inverse of :meth:`remembered`, for a run that goes on."""
-        read = {int(node): RecordDictProto.FromString(state.tobytes()) for node, state in states.items()}
-        self.states = {node: recorddict_from_proto(state) for node, state in read.items()}
+        self.states = {int(node): state_from(state.tobytes()) for node, state in states.items()}
 
     def _deliver(self, message: Message) -> Message:
-        message.metadata.__dict__["_message_id"] = str(next(self.numbers))
-        request = _over_the_wire(message)
+        request = message_from(message_bytes(self.numbered(message)))
         node = request.metadata.dst_node_id
-        names = {"partition-id": node - FIRST_CLIENT_NODE, "num-partitions": self.num_clients}
-        context = Context(self._run.run_id, node, names, self.states.get(node, RecordDict()), self.run_config)
-        try:
-            reply = _over_the_wire(self.app(request, context))
-            if context.state:
-                self.states[node] = context.state
-        except Exception as error:  # as on any other grid: a client's failure is a reply, not the end of the run
-            if self.tells:
-                logger.warning("client %d failed: %s: %s", names["partition-id"], type(error).__name__, error)
-            said = traceback.format_exc().encode(errors="replace").decode()  # a lone surrogate has no bytes
-            return _over_the_wire(Message(Error(CLIENT_RAISED, said), reply_to=request))
-        return reply
+        state = self.states.get(node, RecordDict())
+        context = Context(self._run.run_id, node, self.names(node), state, self.run_config)
+        reply, error = answer(self.app, request, context)
+        if context.state and error is None:
+            self.states[node] = context.state
+        if error and self.tells:
+            said = (node - FIRST_CLIENT_NODE, type(error).__name__, error)
+            logger.warning("client %d failed: %s: %s", *said)
+        return message_from(reply)
 
 
-def _over_the_wire(message: Message) -> Message:
-    return message_from_proto(MessageProto.FromString(message_to_proto(message).SerializeToString()))
+def answer(
+    app: Callable[[Message, Context], Message], request: Message, context: Context
+) -> tuple[bytes, Exception | None]:
+    """A client's reply, as Flower serialises it; where it raised, that is an error reply, and the error."""
+    try:
+        return message_bytes(app(request, context)), None
+    except Exception as error:  # as on any other grid: a client's failure is a reply, not the end of the run
+        said = traceback.format_exc().encode(errors="replace").decode()  # a lone surrogate has no bytes
+        return message_bytes(Message(Error(CLIENT_RAISED, said), reply_to=request)), error
+
+
+def message_bytes(message: Message) -> bytes:
+    """A message as Flower sends it."""
+    return message_to_proto(message).SerializeToString()
+
+
+def message_from(raw: bytes) -> Message:
+    """The inverse of :func:`message_bytes`."""
+    return message_from_proto(MessageProto.FromString(raw))
+
+
+def state_bytes(state: RecordDict | None) -> bytes:
+    """What a client remembers, as Flower would send it; no bytes for nothing."""
+    return recorddict_to_proto(state).SerializeToString() if state else b""
+
+
+def state_from(raw: bytes) -> RecordDict:
+    """The inverse of :func:`state_bytes`."""
+    return recorddict_from_proto(RecordDictProto.FromString(raw))
 
 
 @contextlib.contextmanager
