@@ -68,9 +68,9 @@ def run(
         cfg: from :func:`fedllm_helpers.config.load`.
         backend: ``"in-process"``: clients one after the other, one copy of the model. ``"side-by-side"``: several at a
             time, in worker processes that share one copy of the model's weights; what they take to start pays off in
-            runs of minutes. Where ``federation.threads`` is not set, it is 1 there. ``"ray"``: in several processes
-            of Flower's (extra ``sim``), each with its copy of the model. On CPUs, with the same ``federation.threads``,
-            the adapters are the same to the last bit, and a run goes on with any of them.
+            runs of minutes. Where ``federation.threads`` is not set, it is 1 there. A script calls this under
+            ``if __name__ == "__main__":``. ``"ray"``: in several processes of Flower's (extra ``sim``), each with its
+            copy of the model. On CPUs, with the same ``federation.threads``, the adapters are the same to the last bit.
         folder: where every finished round is kept; one with rounds of the same settings is gone on with, and files of
             others stay. None keeps nothing. What hospitals remember is kept, too; on Ray it ends with the run.
         progress: whether to show a bar over rounds and clients, and to say how many workers were chosen.
@@ -160,7 +160,10 @@ def _begun(cfg: DictConfig, grid: InProcessGrid) -> Iterator[None]:
         return
     with shared.weights(base_model(cfg)[0]) as grid.scratch:
         grid.begin = partial(_begin, OmegaConf.to_yaml(cfg), grid.scratch, torch.get_num_threads())
-        yield
+        try:
+            yield
+        finally:
+            grid.team.end()  # Windows deletes no file that somebody has mapped
 
 
 def _begin(settings: str, scratch: str, threads: int) -> None:

@@ -50,11 +50,15 @@ class Team:
         try:
             self.workers += [_started(self.app) for _ in range(self.wanted)]
         except BaseException:
-            self.__exit__()
+            self.end()
             raise
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """End all workers, whatever they are at."""
         for worker in self.workers:
             worker.process.kill()  # whoever leaves the block wants no more answers, and nothing is open but these
         for worker in self.workers:

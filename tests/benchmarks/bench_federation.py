@@ -3,8 +3,9 @@
 Overhead is the wall time of a federated run, once its process has loaded model and cards (which any training needs,
 "loading"), over the sum of its clients' own times: of all that a client does for a training message, and of its
 ``Trainer.train`` alone (the rest: the loss on a few cards before and after, the adapter in and out, setting the
-Trainer up). "wall" has the loading in it; with Ray every actor loads for itself, in its first client's time.
-Memory is the proportional set size of the whole process tree, sampled twice a second. The clients of
+Trainer up). "wall" has the loading in it; with Ray every actor loads for itself, in its first client's time, and side
+by side every worker before it. "whole" is the wall time of the process, imports included: what "start-up included"
+means below. Memory is the proportional set size of the whole process tree, sampled twice a second. The clients of
 the last table have adapters of 16 numbers and do nothing with them: what is left is the server, the messages and
 their serialisation.
 """
@@ -19,10 +20,14 @@ from pathlib import Path
 import psutil
 
 HERE = Path(__file__).resolve()
+ALONE, ONE = "in process, all cores", "in process, one thread"
+PAIR, RAY = "side by side, two workers", "Ray, two actors"
+SINGLE = [(ONE, "in-process"), (PAIR, "side-by-side"), (RAY, "ray")]  # of one thread for each hospital
+RATIOS = [(PAIR, ALONE), (PAIR, ONE), (PAIR, RAY), (RAY, ALONE)]
 RUN = ["federation.num_clients=8", "federation.num_rounds=3", "federation.partition=iid", "federation.evaluate_every=0"]
 
 
-def in_process_or_ray(backend, *overrides):
+def on_a_backend(backend, *overrides):
     """In a process of its own: wall seconds of ``simulation.run``, and of its clients' training."""
     from fedllm_helpers import config
     from fedllm_helpers.federation import client_app, simulation
@@ -33,9 +38,16 @@ def in_process_or_ray(backend, *overrides):
     if backend == "in-process":
         base_model(cfg), client_app.own_cards(cfg, 0)
     loading = time.perf_counter() - start
-    record = simulation.run(cfg, backend, progress=False)
+    more = {"workers": 2} if backend == "side-by-side" else {}
+    record = simulation.run(cfg, backend, progress=False, **more)
     wall = time.perf_counter() - start
-    figures = {"wall": wall, "loading": loading, "run": wall - loading, "clients": record.clients["seconds"].sum()}
+    figures = {
+        "whole": time.time() - psutil.Process().create_time(),
+        "wall": wall,
+        "loading": loading,
+        "run": wall - loading,
+        "clients": record.clients["seconds"].sum(),
+    }
     figures |= {"training": record.clients["train_seconds"].sum(), "rounds": record.history["seconds"].tolist()}
     print(json.dumps(figures))
 
@@ -82,28 +94,26 @@ def measured(*arguments):
 
 
 def main():
-    """Print the three tables."""
-    times, pairs = ("wall", "loading", "rounds", "clients", "training"), (("run", "clients"), ("run", "training"))
+    """Print the tables."""
+    times = ("whole", "wall", "loading", "rounds", "clients", "training")
+    pairs = (("run", "clients"), ("run", "training"))
     heads = [f"{what} s" for what in times] + ["/".join(pair) for pair in pairs] + ["peak GB"]
     print(f"{'8 clients, 3 rounds, 8 steps':34s}" + "".join(f"{head:>15s}" for head in heads))
-    cases = [
-        ("in process, all cores", "in-process", []),
-        ("in process, one thread", "in-process", ["federation.threads=1"]),
-    ]
-    if find_spec("ray"):
-        cases.append(("Ray, two actors, one thread each", "ray", ["federation.threads=1"]))
+    cases = [(ALONE, "in-process", []), *((name, backend, ["federation.threads=1"]) for name, backend in SINGLE)]
+    cases = [case for case in cases if case[1] != "ray" or find_spec("ray")]
     kept = {}
     for name, backend, overrides in cases:
         figures, peak = measured("run", backend, *overrides)
-        kept[name] = (figures["wall"], peak, sum(figures["rounds"][-2:]))
+        kept[name] = (figures["whole"], sum(figures["rounds"][-2:]), peak)
         figures["rounds"] = sum(figures["rounds"])
         seconds = "".join(f"{figures[what]:15.1f}" for what in times)
         ratios = "".join(f"{figures[a] / figures[b]:15.3f}" for a, b in pairs)
         print(f"{name:34s}{seconds}{ratios}{peak / 1e9:15.2f}", flush=True)
-    if len(kept) == 3:
-        (wall, peak, late), (ray_wall, ray_peak, ray_late) = list(kept.values())[0], list(kept.values())[2]
-        whole, last, memory = ray_wall / wall, ray_late / late, ray_peak / peak
-        print(f"Ray over in process (all cores): wall {whole:.2f}, its last two rounds {last:.2f}, memory {memory:.2f}")
+    for one, other in RATIOS:
+        if {one, other} <= kept.keys():
+            ratios = [mine / theirs for mine, theirs in zip(kept[one], kept[other], strict=True)]
+            said = "wall with start-up {:.2f}, the last two rounds {:.2f}, peak memory (PSS) {:.2f}".format(*ratios)
+            print(f"{one} / {other}: {said}")
     print(f"\n{'tiny adapters, clients':>24s}{'ms a client':>13s}{'growth of the server MB':>26s}")
     for count in (10, 100, 1_000, 10_000):
         figures, _ = measured("many", str(count))
@@ -111,4 +121,4 @@ def main():
 
 
 if __name__ == "__main__":
-    {"run": in_process_or_ray, "many": many_clients}[sys.argv[1]](*sys.argv[2:]) if len(sys.argv) > 1 else main()
+    {"run": on_a_backend, "many": many_clients}[sys.argv[1]](*sys.argv[2:]) if len(sys.argv) > 1 else main()
