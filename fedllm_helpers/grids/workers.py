@@ -131,7 +131,7 @@ class Team:
         worker.pipe.close()
         ended = f"the worker process {_how(worker.process.exitcode)}"
         self.failed += not worker.ready
-        if self.failed < TRIES:
+        if worker.ready or self.failed < TRIES:
             self.workers[self.workers.index(worker)] = _started(self.app)
         else:  # the next would end, too
             self.workers.remove(worker)
