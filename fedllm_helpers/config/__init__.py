@@ -4,7 +4,7 @@ import difflib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedllm_helpers.config import contradictions, prompts, training_arguments
-from fedllm_helpers.config.schema import Config
+from fedllm_helpers.config.schema import Config, settings_of
 from fedllm_helpers.config.sealing import sealed
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def explain(config: DictConfig) -> "pd.DataFrame":
         ValueError: it is no configuration.
     """
     config, rows, meanings = checked(config), [], OmegaConf.load(CONF / "training_arguments.yaml")
-    for key, setting in _settings(Config):
+    for key, setting in settings_of(Config):
         value = OmegaConf.select(config, key)
         if isinstance(value, DictConfig):
             rows += [
@@ -132,15 +132,6 @@ def explain(config: DictConfig) -> "pd.DataFrame":
     import pandas as pd  # half a second that a small message need not wait
 
     return pd.DataFrame(rows, columns=["key", "value", "meaning"])
-
-
-def _settings(schema: type, prefix: str = "") -> list[tuple[str, Any]]:
-    found = []
-    for item in fields(schema):
-        found += (
-            _settings(item.type, f"{prefix}{item.name}.") if is_dataclass(item.type) else [(prefix + item.name, item)]
-        )
-    return found
 
 
 def _nearest(word: str, known: list[str], prefix: str = "") -> str:
@@ -208,7 +199,7 @@ def _read(source: str | Path) -> DictConfig:
 def _one_line(error: OmegaConfBaseException) -> str:
     key, first = error.full_key or "", str(error).splitlines()[0]
     if "not in" in first:
-        names = [name for name, _ in _settings(Config)]
+        names = [name for name, _ in settings_of(Config)]
         names += [f"train.training_arguments.{name}" for name in training_arguments.TAKEN]
         where, dot, last = key.rpartition(".")
         homes = [name for name in names if name.split(".")[-1] == last]
@@ -218,7 +209,7 @@ def _one_line(error: OmegaConfBaseException) -> str:
         )
     if not key:  # a section that is none
         return f"the settings do not fit into {', '.join(item.name for item in fields(Config))}: {first[:120]}"
-    wanted = dict(_settings(Config)).get(key)
+    wanted = dict(settings_of(Config)).get(key)
     kind = getattr(wanted, "type", None)
     kind = kind.__name__ if isinstance(kind, type) else kind
     return f"{key}: {first}" + (f"; expected {kind} ({wanted.metadata['meaning']})" if wanted else "")
@@ -228,7 +219,7 @@ def _check_given(*parts: DictConfig) -> None:
     """What OmegaConf takes in silence: any number for a flag (3, -1 and "2" are all true), and ??? for a default."""
     if open_ := sorted(key for part in parts for key in OmegaConf.missing_keys(part)):
         raise ValueError(f"{open_[0]}=???: it is left open; give it a value, or leave it out")
-    given, flags = OmegaConf.merge(*parts), [item for item in _settings(Config) if item[1].type is bool]
+    given, flags = OmegaConf.merge(*parts), [item for item in settings_of(Config) if item[1].type is bool]
     for key, setting in flags:
         value = OmegaConf.select(given, key, throw_on_resolution_failure=False)
         if value is not None and str(value).lower() not in FLAGS:
@@ -236,7 +227,7 @@ def _check_given(*parts: DictConfig) -> None:
 
 
 def _check(config: DictConfig, schema: type) -> None:
-    for key, setting in _settings(schema):
+    for key, setting in settings_of(schema):
         value, limits = OmegaConf.select(config, key), setting.metadata
         if limits["choices"] and value not in limits["choices"]:
             allowed = ", ".join("null" if choice is None else str(choice) for choice in limits["choices"])

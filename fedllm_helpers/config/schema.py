@@ -1,6 +1,6 @@
 """The settings: every key of a configuration with its default, its meaning and its limits."""
 
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
 PARTITIONS = ("iid", "specialty", "dirichlet", "quantity")
@@ -190,3 +190,14 @@ class Config:
     model: Model = field(default_factory=Model)
     train: Train = field(default_factory=Train)
     federation: Federation = field(default_factory=Federation)
+
+
+def settings_of(schema: type, prefix: str = "") -> list[tuple[str, Field]]:
+    """(dotted key, field) of every setting of a schema, those of its parts too."""
+    found: list[tuple[str, Field]] = []
+    for item in fields(schema):
+        if is_dataclass(item.type):
+            found += settings_of(item.type, f"{prefix}{item.name}.")
+        else:
+            found.append((prefix + item.name, item))
+    return found
