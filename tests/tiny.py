@@ -85,8 +85,10 @@ class Shuffled(in_process.InProcessGrid):
     def get_node_ids(self):
         return np.random.default_rng(5).permutation(list(super().get_node_ids())).tolist()
 
-    def send_and_receive(self, messages, *, timeout=None):
-        count = sum(1 for _ in messages)
-        replies = list(super().send_and_receive(messages, timeout=timeout))
-        assert len(replies) == count > 0
-        return replies[::-1]
+    def push_messages(self, messages):
+        count, numbers = sum(1 for _ in messages), super().push_messages(messages)
+        assert len(numbers) == count > 0
+        return numbers
+
+    def pull_messages(self, message_ids):
+        return list(super().pull_messages(message_ids))[::-1]

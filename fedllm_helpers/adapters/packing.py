@@ -4,6 +4,8 @@ Flower's servers store, hand over and confirm every array by itself, a few reque
 adapter cost more time than its bytes do. In one process nothing is packed.
 """
 
+import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -14,6 +16,11 @@ from flwr.serverapp import Grid
 
 from fedllm_helpers.adapters.screening import read_arrays
 
+logger = logging.getLogger(__name__)
+SOON, LATE = (
+    0.25,
+    3.0,
+)  # seconds between two looks for replies: at first, and at most; in between a twentieth of the wait
 PACKED = "packed"  # the record of one array whose bytes are all the others, as Flower serialises them
 
 
@@ -62,7 +69,8 @@ def send(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[tu
     """Send messages; (node, reply) as they come, the node None where it is no reply to any of them, or a second one.
 
     A reply belongs to the node that was asked, whatever it says: where that went offline, the server answers in its
-    place. A grid that is ``lazy`` takes the messages one by one; Flower's own go through them more than once.
+    place. A grid that is ``lazy`` takes the messages one by one; Flower's own go through them more than once, and are
+    asked for replies more often than they would by themselves.
     """
     sent, waiting, lazy = [], {}, getattr(grid, "lazy", False)
 
@@ -72,8 +80,24 @@ def send(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[tu
             sent.append(message.metadata)
             yield message
 
-    replies = grid.send_and_receive(noted() if lazy else packed(noted()), timeout=timeout)
+    replies = grid.send_and_receive(noted(), timeout=timeout) if lazy else _pulled(grid, packed(noted()), timeout)
     for reply in replies if lazy else unpacked(replies):
         waiting |= {metadata.message_id: metadata.dst_node_id for metadata in sent}
         sent.clear()
         yield waiting.pop(reply.metadata.reply_to_message_id, None), reply
+
+
+def _pulled(grid: Grid, messages: list[Message], timeout: float) -> Iterator[Message]:
+    """The replies as they come, until all are there or the time is over."""
+    numbers, start = list(grid.push_messages(messages)), time.monotonic()
+    waiting = {number for number in numbers if number}
+    if len(waiting) < len(messages):
+        logger.warning("%d of %d messages could not be sent", len(messages) - len(waiting), len(messages))
+    while waiting:
+        for reply in grid.pull_messages(list(waiting)):
+            waiting.discard(reply.metadata.reply_to_message_id)
+            yield reply
+        waited = time.monotonic() - start
+        if waited >= timeout:
+            return
+        time.sleep(min(timeout - waited, max(SOON, min(LATE, waited / 20))) if waiting else 0)

@@ -104,7 +104,7 @@ class InProcessGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Take messages; they are worked on when their replies are pulled."""
-        pushed = {str(next(self.numbers)): message for message in messages}
+        pushed = {message.metadata.message_id: message for message in map(self.numbered, messages)}
         self.pending |= pushed
         return list(pushed)
 
@@ -114,7 +114,7 @@ class InProcessGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """The replies, each computed when it is asked for; a client here cannot be timed out."""
-        return (self._deliver(message) for message in messages)
+        return (self._deliver(self.numbered(message)) for message in messages)
 
     def numbered(self, message: Message) -> Message:
         """The message, with a number of its own."""
@@ -146,7 +146,7 @@ class InProcessGrid(Grid):
         self.states = {int(node): state_from(state.tobytes()) for node, state in states.items()}
 
     def _deliver(self, message: Message) -> Message:
-        request = message_from(message_bytes(self.numbered(message)))
+        request = message_from(message_bytes(message))
         node = request.metadata.dst_node_id
         state = self.states.get(node, RecordDict())
         context = Context(self._run.run_id, node, self.names(node), state, self.run_config)

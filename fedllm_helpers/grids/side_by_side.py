@@ -58,7 +58,7 @@ class SideBySideGrid(InProcessGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies, in the order of their messages."""
-        return self.send_and_receive(self.pending.pop(number) for number in message_ids if number in self.pending)
+        return self._answered(self.pending.pop(number) for number in message_ids if number in self.pending)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """The replies in the order of the messages, which are taken as workers get free; none can be timed out.
@@ -66,12 +66,15 @@ class SideBySideGrid(InProcessGrid):
         Raises:
             RuntimeError: no worker could be started.
         """
+        return self._answered(map(self.numbered, messages))
+
+    def _answered(self, messages: Iterable[Message]) -> Iterator[Message]:
         sent: dict[int, Message] = {}
 
         def tasks() -> Iterator[Task]:
             """The messages for workers."""
             for place, message in enumerate(messages):
-                sent[place] = self.numbered(message)
+                sent[place] = message
                 node, state = message.metadata.dst_node_id, self.states.get(message.metadata.dst_node_id)
                 facts = (self._run.run_id, node, self.names(node), self.run_config, self.begin, self.scratch)
                 yield Task(in_process.message_bytes(message), in_process.state_bytes(state), *facts)

@@ -73,3 +73,41 @@ def test_a_client_answers_packed_to_packed_and_open_to_open():
         whole.metadata.__dict__["_message_id"] = "1"
         reply = packing.client_mod(whole, None, echo)
         assert (packing.PACKED in reply.content) == closed
+
+
+class Slow(in_process.InProcessGrid):
+    """Flower's grid over a network: it takes some messages, and has the replies when it has them."""
+
+    lazy, moment, untaken = False, 0.0, 0
+
+    def push_messages(self, messages):
+        numbers = list(super().push_messages(messages))
+        return [*numbers[self.untaken :], *[None] * self.untaken]
+
+    def pull_messages(self, message_ids):
+        ready = [number for number in message_ids if 10 * int(number) <= self.moment]
+        return list(super().pull_messages(ready))
+
+
+@pytest.mark.parametrize("untaken, timeout, expected", [(0, 100.0, [1, 2, 3]), (1, 100.0, [2, 3]), (0, 25.0, [1, 2])])
+def test_replies_come_when_they_are_there_and_nobody_waits_for_what_was_not_sent(
+    untaken, timeout, expected, monkeypatch, caplog
+):
+    def answered(request, context):
+        return Message(RecordDict({"n": MetricRecord({"node": context.node_id})}), reply_to=request)
+
+    with Slow(answered, 3, {}) as grid:
+        grid.untaken, waits = untaken, []
+
+        def later(seconds):
+            waits.append(seconds)
+            grid.moment += seconds
+
+        monkeypatch.setattr(packing.time, "sleep", later)
+        monkeypatch.setattr(packing.time, "monotonic", lambda: grid.moment)
+        asked = [message({"arrays": {}}, node) for node in grid.get_node_ids()]
+        came = [(node, round(grid.moment)) for node, _ in packing.send(grid, asked, timeout)]
+    assert [node - 1 for node, _ in came] == expected
+    assert all(10 * k <= when <= 10 * k + 1.5 for k, (_, when) in zip(expected, came, strict=True))
+    assert waits[0] == packing.SOON and max(waits) < packing.LATE and grid.moment <= timeout
+    assert caplog.messages == ["1 of 3 messages could not be sent"] * untaken

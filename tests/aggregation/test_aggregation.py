@@ -109,10 +109,10 @@ def test_every_round_has_its_rate_and_asks_the_sampled_hospitals_in_order():
 class WithAnOfflineNode(tiny.Shuffled):
     """Hospital 1 is gone after the first round: Flower's server answers in its place, under its own number."""
 
-    def send_and_receive(self, messages, *, timeout=None):
-        replies, gone = super().send_and_receive(messages, timeout=timeout), in_process.FIRST_CLIENT_NODE + 1
-        for reply, message in zip(replies, list(messages)[::-1], strict=True):
-            if message.metadata.dst_node_id == gone and message.metadata.message_type == "train":
+    def pull_messages(self, message_ids):
+        replies, gone = super().pull_messages(message_ids), in_process.FIRST_CLIENT_NODE + 1
+        for reply in replies:
+            if reply.metadata.src_node_id == gone and reply.metadata.message_type == "train":
                 reply.metadata.__dict__["_src_node_id"] = in_process.SERVER_NODE
                 reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(5)
         return replies
