@@ -20,6 +20,7 @@ from fedllm_helpers.aggregation import edits, rules
 from fedllm_helpers.aggregation.loraxs import factors_of
 from fedllm_helpers.communication import compression
 from fedllm_helpers.config.runs import settings
+from fedllm_helpers.federation import node_settings
 from fedllm_helpers.privacy import guards, masked_clients, noise, policy, promises
 from fedllm_helpers.privacy.masked_clients import ATTEMPT
 
@@ -52,7 +53,7 @@ def introduce(message: Message, context: Context) -> Message:
     hospital, hospitals = context.node_config.get("partition-id"), settings(context).federation.num_clients
     if not isinstance(hospital, int) or not 0 <= hospital < hospitals:
         raise ValueError(f"partition-id={hospital}: num-partitions={hospitals} has hospitals 0 to {hospitals - 1}")
-    if "data" in context.node_config:  # a folder that is not there is said before anyone trains
+    if not node_settings.simulated(context):  # a folder that is not there is said before anyone trains
         node_cards(context, hospital)
     numbers = {"partition-id": hospital, "num-partitions": hospitals}
     return Message(RecordDict({"metrics": MetricRecord(numbers)}), reply_to=message)
@@ -150,13 +151,14 @@ def node_cards(context: Context, hospital: int) -> tuple["Dataset", "Dataset"]:
 
     The folder holds ``train.*`` and, to be scored, ``test.*``, of any kind that :func:`fedllm_helpers.data.load_parts`
     reads, with well-known names of columns; nothing that the server sends can point elsewhere, to another column
-    neither. A node without a folder takes its share of the configured dataset, as in one process.
+    neither. A node that is only simulated takes its share of the configured dataset.
 
     Raises:
         FileNotFoundError: there is no such folder or no such file. The path is written to the node's own log only: what
             an exception says is sent to the server.
-        ValueError: a file cannot be read as flashcards.
+        ValueError: a file cannot be read as flashcards; no folder is named, or the node has a setting that is unknown.
     """
+    node_settings.check(context)
     if "data" not in context.node_config:
         return own_cards(settings(context), hospital)
     try:

@@ -121,9 +121,9 @@ class InProcessGrid(Grid):
         message.metadata.__dict__["_message_id"] = str(next(self.numbers))
         return message
 
-    def names(self, node: int) -> dict[str, int]:
+    def names(self, node: int) -> dict[str, int | bool]:
         """The ``node_config`` of a node."""
-        return {"partition-id": node - FIRST_CLIENT_NODE, "num-partitions": self.num_clients}
+        return {"partition-id": node - FIRST_CLIENT_NODE, "num-partitions": self.num_clients, "simulated": True}
 
     def remembered(self) -> dict[str, np.ndarray]:
         """What clients remember, as bytes by node.

@@ -60,4 +60,5 @@ def _with_run_config(
     client: Callable[[Message, Context], Message], given: dict[str, Any], message: Message, context: Context
 ) -> Message:
     """Flower refuses a client's context that comes back with other settings: the client gets one of its own."""
-    return client(message, Context(context.run_id, context.node_id, context.node_config, context.state, given))
+    names = context.node_config | {"simulated": True}
+    return client(message, Context(context.run_id, context.node_id, names, context.state, given))
