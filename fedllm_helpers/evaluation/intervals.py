@@ -1,6 +1,6 @@
 """A figure with n and an interval: the bootstrap behind every number of this package, and Student's t over seeds."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,3 +59,26 @@ def over_seeds(values: Iterable[float]) -> Estimate:
         raise ValueError(f"an interval needs at least 2 seeds, there are {len(found)}")
     half = t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / len(found) ** 0.5
     return Estimate(float(found.mean()), float(found.mean() - half), float(found.mean() + half), len(found))
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """p-values that reckon with how many questions were asked. Taught in notebook 05a.
+
+    The k-th smallest of m is multiplied by m + 1 − k, and none becomes smaller than one before it. Source: Holm 1979,
+    Scandinavian Journal of Statistics 6, 65.
+
+    Raises:
+        ValueError: a value that is no probability.
+    """
+    given = np.asarray(p_values, dtype=float)
+    if not ((given >= 0) & (given <= 1)).all():
+        raise ValueError(f"p-values {given.tolist()}: allowed are numbers from 0 to 1")
+    order = np.argsort(given, kind="stable")
+    found = np.empty(len(given))
+    found[order] = np.minimum(1, np.maximum.accumulate(given[order] * np.arange(len(given), 0, -1)))
+    return found
+
+
+def p_text(p: float) -> str:
+    """A p-value as text: ``p = 0.020``, and ``p < 1e-5`` below that, where digits say nothing more."""
+    return "p < 1e-5" if p < 1e-5 else f"p = {p:.3f}" if p >= 1e-3 else f"p = {p:.0e}"

@@ -2,6 +2,7 @@
 
 from fedllm_helpers.plotting.aggregation import core, cross_terms, errors_by_layer, rules, two_means
 from fedllm_helpers.plotting.comparisons import budgets, cost_to_target, differences
+from fedllm_helpers.plotting.defences import dropped_mask, one_card, who_sees_what
 from fedllm_helpers.plotting.diagrams import levels, lora_update, next_token, pooled_training, tokens, two_questions
 from fedllm_helpers.plotting.federations import data_routes, federation, flower_apps, moves, one_round, wall
 from fedllm_helpers.plotting.figures import by_round, byte_sizes, curves, frontier, heat_maps, intervals, losses, pairs
@@ -18,6 +19,7 @@ __all__ = [
     "data_routes",
     "describe",
     "differences",
+    "dropped_mask",
     "errors_by_layer",
     "federation",
     "flower_apps",
@@ -29,6 +31,7 @@ __all__ = [
     "losses",
     "moves",
     "next_token",
+    "one_card",
     "one_round",
     "pairs",
     "pooled_training",
@@ -38,4 +41,5 @@ __all__ = [
     "two_means",
     "two_questions",
     "wall",
+    "who_sees_what",
 ]

@@ -1,6 +1,6 @@
 """Figures of attacks and defences."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -74,4 +74,28 @@ def views(plain: np.ndarray, masked: np.ndarray, title: str) -> Figure:
         left.set(xlabel="value of the update", ylabel="values", title="open")
         right.set(xlabel="masked value / 2³²", title="masked", ylim=(0, None))
         figure.suptitle(title)
+    return figure
+
+
+def words(columns: Mapping[str, Sequence[tuple[str, bool]]], title: str, shown: int = 14) -> Figure:
+    """Words that an attack names, best first, a column for each update: those that are right in bold, with a mark.
+
+    Args:
+        columns: name of an update to its words and whether each is right.
+        title: of the figure.
+        shown: words of a column at most.
+    """
+    right, wrong = ARMS["federated"][0], "#6f6f6f"
+    some = {name: list(named)[:shown] for name, named in columns.items()}
+    told = {name: ", ".join(f"{word} ✓" if true else word for word, true in named) for name, named in some.items()}
+    with plt.style.context(STYLE):
+        figure, axes = plt.subplots(figsize=(2.05 * len(columns) + 0.4, 0.24 * shown + 1.0))
+        axes.set(xlim=(-0.1, len(columns)), ylim=(shown - 0.4, -1.6), title=title)
+        axes.axis("off")
+        for place, (name, named) in enumerate(some.items()):
+            axes.text(place, -1.1, name, fontsize=9, weight="bold", va="center")
+            for row, (word, true) in enumerate(named):
+                mark, look = ("✓", {"color": right, "weight": "bold"}) if true else ("·", {"color": wrong})
+                axes.text(place, row, f"{mark} {word}".replace("$", r"\$"), fontsize=9, va="center", **look)
+    figure.set_label(f"{title}. {'. '.join(f'{name}: {text}' for name, text in told.items())}.")
     return figure

@@ -109,3 +109,19 @@ def test_greedy_answers_do_not_depend_on_the_batch(loaded):
     together = evaluation.generate(model, tokenizer, questions, CFG, max_new_tokens=8)
     alone = [evaluation.generate(model, tokenizer, [question], CFG, max_new_tokens=8)[0] for question in questions]
     assert [text[:10] for text in together] == [text[:10] for text in alone] and all(together)
+
+
+def test_holm_multiplies_by_the_questions_that_are_left():
+    """0.01, 0.02, 0.03, 0.04 of Holm's own scheme: 4, 3, 2 and 1 times, and never smaller than one before."""
+    assert evaluation.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert evaluation.holm([0.5, 0.9]).tolist() == [1.0, 1.0] and evaluation.holm([]).tolist() == []
+    with pytest.raises(ValueError, match="allowed are numbers from 0 to 1"):
+        evaluation.holm([0.1, np.nan])
+
+
+@pytest.mark.parametrize(
+    ("p", "text"),
+    [(0.0, "p < 1e-5"), (9e-6, "p < 1e-5"), (1.4e-4, "p = 1e-04"), (0.0197, "p = 0.020"), (1.0, "p = 1.000")],
+)
+def test_a_small_p_value_is_no_zero(p, text):
+    assert evaluation.p_text(p) == text

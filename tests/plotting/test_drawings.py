@@ -51,6 +51,9 @@ DRAWINGS = {
     "cross_terms": plotting.cross_terms,
     "rules": plotting.rules,
     "core": plotting.core,
+    "who_sees_what": plotting.who_sees_what,
+    "dropped_mask": plotting.dropped_mask,
+    "one_card": plotting.one_card,
 }
 VARIANTS = {  # other sizes that a reader may try
     "next_token of one": lambda: plotting.next_token([":"], [" pseudohypoparathyroidism"], [1e-5]),
@@ -60,6 +63,8 @@ VARIANTS = {  # other sizes that a reader may try
     "federation of 4": lambda: plotting.federation(4),
     "wall with one number": lambda: plotting.wall(2, 10, ("num-examples",)),
     "flower_apps of 2": lambda: plotting.flower_apps(2),
+    "who_sees_what of 8": lambda: plotting.who_sees_what(8),
+    "one_card under little noise": lambda: plotting.one_card(0.25),
     "federation of 8": lambda: plotting.federation(8),
     "tokens with a long one": lambda: plotting.tokens(["x" * 90, " A"], [True, False], "title"),
     "core of 7B": lambda: plotting.core(14_336, 4096, 128),
@@ -109,6 +114,9 @@ SAYS = {  # what the words of a drawing name
     "two_means": ["multiply, then average", "average, then multiply"],
     "cross_terms": ["B1 A1", "B2 A2", "B1 A2", "B2 A1"],
     "core": ["P R A", "LoRA sends 12,288 numbers, and a core has 256", "mean of R1 and R2"],
+    "who_sees_what": ["4 hospitals", "every single one", "The average goes", "the last adapter"],
+    "dropped_mask": ["a mask for each pair", "Hospital 2 goes away", "shares of its key"],
+    "one_card": ["circle of radius C", "cut at the circle", "noise of 1 C", "overlap"],
     "rules": ["FedIT: up BA", "FFA-LoRA: up B, down B", "FedSA-LoRA: up A, down A"],
 }
 
@@ -364,3 +372,10 @@ def test_a_shown_figure_is_a_picture_with_its_words_and_is_closed(draw):
     picture = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
     assert picture.format == "PNG" and picture.width / picture.height == pytest.approx(size[0] / size[1], rel=0.2)
     assert not plt.fignum_exists(figure.number)
+
+
+def test_words_are_marked_where_they_are_right_and_told_with_their_mark():
+    figure = privacy.words({"eye": [("lens", True), ("$", False), ("third", True)], "ear": []}, "Words", shown=2)
+    texts = {text.get_text(): text.get_weight() for text in figure.axes[0].texts}
+    assert texts == {"eye": "bold", "✓ lens": "bold", r"· \$": "normal", "ear": "bold"}
+    assert plotting.describe(figure) == "Words. eye: lens ✓, $. ear: ."
