@@ -1,4 +1,4 @@
-"""What an adapter gives away, and hospitals that cheat. Taught in notebook 05."""
+"""What an adapter gives away, and hospitals that cheat. Taught in notebooks 05a and 05b."""
 
 from fedllm_helpers.attacks.leakage import Canary, canaries, candidates, exposure, extracted, plant
 from fedllm_helpers.attacks.members import Roc, membership, relative, scores, smallest, text_baseline

@@ -142,7 +142,7 @@ def audit(
     """Train as a hospital does in all rounds, with canaries among its cards, and hold ε against what is seen.
 
     Everything is the real training: canaries are rows that it samples, gradients that it clips, sums that it blurs.
-    The adapter is afterwards as it was before.
+    The adapter is afterwards as it was before. Taught in notebook 05b.
 
     Args:
         loaded: model and tokenizer.

@@ -116,7 +116,7 @@ def rates_bound(
     """(Noise multiplier, ε): any larger noise of DP-SGD, that is any smaller ε, is refuted by two error rates.
 
     A true positive rate t and a false positive rate f contradict δ(ε) where t > e^ε f + δ(ε) for some ε; t and f are
-    the ends of their Clopper-Pearson intervals.
+    the ends of their Clopper-Pearson intervals. Taught in notebook 05b.
 
     Args:
         caught: canaries that were included and guessed "included", and all that were included.

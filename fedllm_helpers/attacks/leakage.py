@@ -40,7 +40,7 @@ class Canary:
 
 
 def canaries(copies: Sequence[int] = (0, 1, 4, 16), each: int = 1, seed: int = 0) -> list[Canary]:
-    """Plainly fictional canaries with random secrets. Taught in notebook 05.
+    """Plainly fictional canaries with random secrets. Taught in notebook 05a.
 
     Args:
         copies: how many times those of a group are planted; 0 is a control that no model ever sees.
@@ -95,7 +95,7 @@ def exposure(likelihood: np.ndarray, canary: Canary, reference: np.ndarray | Non
     """Bits that a model gives away of a canary's secret: log₂ of the candidates over the rank of the true one.
 
     A model that knows nothing has rank uniform in 1 to 1000, so exposure is above x with probability 2^−x; the largest
-    is log₂ 1000 = 9.97. Source: Carlini et al. 2019, arXiv:1802.08232. Taught in notebook 05.
+    is log₂ 1000 = 9.97. Source: Carlini et al. 2019, arXiv:1802.08232. Taught in notebook 05a.
 
     Args:
         likelihood: from :func:`candidates`.

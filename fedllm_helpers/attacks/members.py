@@ -95,7 +95,7 @@ def relative(attacked: np.ndarray, shadows: np.ndarray, inside: np.ndarray, popu
 
 
 def membership(members: np.ndarray, others: np.ndarray, seed: int = 0) -> Roc:
-    """How well scores tell members from others, with bootstrap intervals over both. Taught in notebook 05.
+    """How well scores tell members from others, with bootstrap intervals over both. Taught in notebook 05a.
 
     Args:
         members, others: scores of cards trained on, and of cards held out by the same random split.

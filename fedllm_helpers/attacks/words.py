@@ -29,7 +29,7 @@ class _Reached(Exception):
 
 
 def row_space(*updates: np.ndarray, tolerance: float = 1e-6) -> np.ndarray:
-    """An orthonormal basis of what the rows of matrices span together, by SVD. Taught in notebook 05.
+    """An orthonormal basis of what the rows of matrices span together, by SVD. Taught in notebook 05a.
 
     Args:
         updates: of A, each of shape (r, inputs), of layers that share one input.
@@ -88,7 +88,7 @@ def named(
     count: int,
     known: Collection[int] = (),
 ) -> Named:
-    """The tokens whose first-layer input lies most within the row space of an update of A. Taught in notebook 05.
+    """The tokens whose first-layer input lies most within the row space of an update of A. Taught in notebook 05a.
 
     It is exact for one step of SGD on fewer distinct tokens than the row space has dimensions, from an adapter whose B
     is not zero and without dropout. A token that is the last of its card is read by nobody, and leaves nothing.
@@ -126,7 +126,7 @@ def gained(
 ) -> list[Named]:
     """The tokens that each update makes likelier after public prompts than the other updates of its round do.
 
-    Taught in notebook 05.
+    Taught in notebook 05a.
 
     Args:
         model: with the adapter that the round began with, which it has afterwards, too.

@@ -1,4 +1,4 @@
-"""What others learn from what is sent, and less of it: accounting, noise, masks. Taught in notebook 05.
+"""What others learn from what is sent, and less of it: accounting, noise, masks. Taught in notebook 05b.
 
 :mod:`noised` and :mod:`masked` are pieces for any Flower app, :mod:`masked_clients` is the client's side of masks, and
 :mod:`policy` what a client allows whatever it is asked, with a :mod:`ledger`; :mod:`guards` hold it to what it was told

@@ -59,7 +59,7 @@ class RecordPrivacy:
 def epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
     """ε of the Poisson-sampled Gaussian mechanism after so many steps; ∞ without noise. See :func:`composed`.
 
-    Taught in notebook 05.
+    Taught in notebook 05b.
 
     Args:
         noise_multiplier: standard deviation of the noise, in units of the sensitivity.

@@ -20,7 +20,7 @@ def norm(adapter: Adapter) -> float:
 
 
 def clip(update: Adapter, clipping_norm: float) -> Adapter:
-    """The update, made shorter where its norm is above ``clipping_norm``. Taught in notebook 05.
+    """The update, made shorter where its norm is above ``clipping_norm``. Taught in notebook 05b.
 
     Source: McMahan et al. 2018, arXiv:1710.06963.
     """

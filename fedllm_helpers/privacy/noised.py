@@ -22,7 +22,7 @@ from fedllm_helpers.privacy.noise import clip, noisy
 
 
 class Noised(Wrapper):
-    """A strategy that gets the noisy mean of clipped updates as one reply; clients need nothing. In notebook 05.
+    """A strategy that gets the noisy mean of clipped updates as one reply; clients need nothing. In notebook 05b.
 
     Args:
         strategy: any that averages, with a server optimiser or without.

@@ -79,7 +79,7 @@ def fixed_point(weights: Iterable[int], value_range: float, spread: float = 0.0)
 
 
 def encode(update: Adapter, weight: int, code: FixedPoint) -> np.ndarray:
-    """An update times its weight in fixed point. Taught in notebook 05.
+    """An update times its weight in fixed point. Taught in notebook 05b.
 
     Returns:
         uint32 of shape (values,), keys in the order of the update; negative numbers count down from 2^32.

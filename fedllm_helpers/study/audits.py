@@ -1,4 +1,4 @@
-"""Every attack on every defence: cards with canaries, an attacked adapter, and the grid behind notebook 05."""
+"""Every attack on every defence: cards with canaries, an attacked adapter, the grid of notebooks 05a and 05b."""
 
 import itertools
 import json
@@ -107,7 +107,7 @@ def audit(
     *,
     seconds: float = 0.0,
 ) -> Audit:
-    """Every attack on the adapter that is in the model. Taught in notebook 05.
+    """Every attack on the adapter that is in the model. Taught in notebook 05a.
 
     Args:
         model, tokenizer: attacked; the attacker may ask for the likelihood of any text.

@@ -5,8 +5,8 @@ has its own learning rate, chosen on training cards of seed 0 (some are test car
 and in each comparison one for pooled data, one for a lone hospital and one for a tenth of the cards. ``… analysis``
 takes those rates and scores the arms of notebook 07: the headline, other partitions and schedules, and compressed
 messages. ``… aggregation`` runs the rules of notebook 04, ``… frontier`` cores and small ranks beside compressed
-messages, ``… privacy`` attacks the arms of notebook 05, ``… views`` its single updates, ``… words`` reads words out of
-them, and ``… crowd`` puts noise on the mean of up to 128 hospitals. ``--quick`` is a small grid of two minutes.
+messages, ``… privacy`` attacks the arms of notebooks 05a and 05b, ``… views`` single updates, ``… words`` reads words
+out of them, and ``… crowd`` puts noise on the mean of up to 128 hospitals. ``--quick`` is a small grid of two minutes.
 
 What is done is not done again: each arm leaves its scores in ``build/experiments``, and tables are written there after
 each one. Those scores are read back for the same settings, cards and versions of packages: after a change of code,

@@ -48,7 +48,7 @@ def first_update(cfg: DictConfig, hospital: int, rate: float) -> Adapter:
 
 
 def masked_view(update: Adapter, hospital: int, weights: Sequence[int], value_range: float = 1.0) -> Adapter:
-    """A masked update, decoded as if it were an open one: what a server can make of it alone. Taught in notebook 05.
+    """A masked update, decoded as if it were an open one: what a server can make of it alone. Taught in notebook 05b.
 
     ``weights`` are the cards of every hospital of the round. The view is uniform over ±2^31 steps of the encoding, and
     fresh keys make it another one with each call.
@@ -60,7 +60,7 @@ def masked_view(update: Adapter, hospital: int, weights: Sequence[int], value_ra
 
 
 def gains(before: Audit, after: Audit, systems: Sequence[str]) -> pd.Series:
-    """Nats per token that the cards of each specialty gain, beyond the mean over specialties. Taught in notebook 05.
+    """Nats per token that the cards of each specialty gain, beyond the mean over specialties. Taught in notebook 05a.
 
     Args:
         before, after: audits, of which the last cards count; one whose loss is not finite is taken as unchanged.
@@ -72,7 +72,7 @@ def gains(before: Audit, after: Audit, systems: Sequence[str]) -> pd.Series:
 
 
 def read(before: Audit, after: Audit, systems: Sequence[str], truth: str) -> dict[str, Any]:
-    """What the attacks of notebook 05 say about one update; arguments of :func:`gains`, and the hospital's specialty.
+    """What the attacks of notebook 05a say about one update; arguments of :func:`gains`, and the hospital's specialty.
 
     ``nll`` is of held-out cards in nats per token, ``exposure`` a mean in bits, ``extracted`` a number of canaries;
     ``area`` is of the loss ratio, the hospital's cards (those that come first) against held-out ones of its specialty.

@@ -98,7 +98,7 @@ def client_epsilon(cfg: DictConfig) -> float:
 
 
 def per_hospital(cfg: DictConfig, cards: Iterable[int]) -> pd.DataFrame:
-    """A row per hospital: its cards, sample rate, steps, noise multiplier, δ and ε of DP-SGD. Taught in notebook 05."""
+    """A row per hospital: its cards, sample rate, steps, noise multiplier, δ and ε of DP-SGD. In notebook 05b."""
     rows = [(number, size, record_privacy(cfg, size)) for number, size in enumerate(cards)]
     names = ["sample_rate", "steps", "noise_multiplier", "delta", "epsilon"]
     found = [(number, size, *(getattr(plan, name) for name in names)) for number, size, plan in rows if plan]

@@ -17,7 +17,7 @@ from fedllm_helpers.privacy.accounting import noise_for
 from fedllm_helpers.privacy.noised import Noised
 from fedllm_helpers.training import dp_sgd
 
-DP_SGD = bounds.Mechanism(0.2, 12, 1e-3)  # 12 of 60 cards a step, as in the grid of notebook 05
+DP_SGD = bounds.Mechanism(0.2, 12, 1e-3)  # 12 of 60 cards a step, as in the grid of notebook 05b
 
 
 def by_the_letter(canaries, guesses, right, epsilon, delta):

@@ -1,6 +1,8 @@
 """What is counted about words, by hand, and rows of the grid on few cards."""
 
 import dataclasses
+import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +10,9 @@ import pytest
 from fedllm_helpers import config
 from fedllm_helpers.attacks import words as attack
 from fedllm_helpers.models.process import base_model, first_adapter
-from fedllm_helpers.study import audits, words
+from fedllm_helpers.study import audits, results, words
+
+STORED = Path(__file__).resolve().parents[2] / "notebooks" / "results" / "privacy_words.csv"
 
 
 @pytest.fixture
@@ -79,3 +83,21 @@ def test_an_open_round_is_read_and_a_masked_one_is_beside_it(scene, tmp_path, mo
     assert [(row["setting"], row["hospital"]) for row in rows] == [(s, h) for s in ("open", "masked") for h in (0, 1)]
     assert all(len(row["words"].split()) >= row["guesses"] for row in rows)
     assert words.attack_round(scene, ("open",), tmp_path) == rows
+
+
+def test_the_stored_table_is_whole():
+    columns = ["attack", "seed", "setting"]
+    table, origin = results.read(STORED, columns)
+    exact, gained = (table[table["attack"] == attack].dropna(axis=1, how="all") for attack in ("row space", "gained"))
+    assert origin["embedded_model"] and origin["seeds"] == [0, 1, 2] and tuple(origin["prompts"]) == words.PROMPTS
+    per_seed = itertools.product([0, 1, 2], words.EXACT, range(words.GROUPS))
+    assert sorted(zip(exact["seed"], exact["setting"], exact["group"].astype(int), strict=True)) == sorted(per_seed)
+    per_seed = itertools.product([0, 1, 2], [*words.GAINED, "masked"], range(4))
+    there = zip(gained["seed"], gained["setting"], gained["hospital"].astype(int), strict=True)
+    assert sorted(there) == sorted(per_seed)
+    exact = exact.astype({"words": int})
+    assert (exact["words_true"] <= exact["words"]).all() and (exact["true"] <= exact["tokens"]).all()
+    assert (exact["words"] < exact["tokens"]).all() and exact["cards"].ge(1).all()
+    assert (gained["special"] <= gained["occur"]).all() and gained["guesses"].le(words.COUNT).all()
+    how = {name: dataclasses.asdict(step) for name, step in words.EXACT.items()}
+    assert origin["settings"] == {"row space": how, "gained": {name: list(one) for name, one in words.GAINED.items()}}
