@@ -169,6 +169,7 @@ def noise_for(target: float, sample_rate: float, steps: int, delta: float) -> fl
     """
 
     def enough(noise: float) -> bool:
+        """Whether so much noise keeps the promise."""
         return epsilon(noise, sample_rate, steps, delta) <= target
 
     high = 1.0
