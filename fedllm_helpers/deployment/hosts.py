@@ -21,9 +21,10 @@ import psutil
 from omegaconf import DictConfig
 from packaging.version import Version
 
-from fedllm_helpers import data, folders
+from fedllm_helpers import folders
 from fedllm_helpers.config import checked
-from fedllm_helpers.deployment import certificates, watchdog
+from fedllm_helpers.deployment import certificates, homes, watchdog
+from fedllm_helpers.deployment import warm as ready
 from fedllm_helpers.deployment.parties import (
     CONNECTION,
     LOOPBACK,
@@ -34,14 +35,19 @@ from fedllm_helpers.deployment.parties import (
     nodes,
     register,
 )
-from fedllm_helpers.federation import client_app
 
 TRIED = ("1.41", "1.42")  # versions of Flower
 NAME = "hospital-{}"  # of a hospital's process and folder
 
 
 def start(
-    cfg: DictConfig, folder: str | Path, *, port: int | None = None, patience: float = 90.0, keep_cards: bool = False
+    cfg: DictConfig,
+    folder: str | Path,
+    *,
+    port: int | None = None,
+    patience: float = 90.0,
+    keep_cards: bool = False,
+    warm: bool | None = None,
 ) -> Deployment:
     """Start a server and ``federation.num_clients`` hospitals, each with its own cards, and wait until all are there.
 
@@ -58,6 +64,8 @@ def start(
         port: of the server on this machine; None takes a free one.
         patience: seconds to wait for the server, and for the hospitals.
         keep_cards: use the cards that hospitals' folders hold, whatever ``cfg`` would give them.
+        warm: each hospital keeps a process with torch and, after its first training, the model, which forks one for
+            each message. False: each message starts Python and imports torch, as Flower does. None: where memory fits.
 
     Raises:
         ValueError: another Flower than those that were tried, a port in use, an expired certificate, cards that cannot
@@ -66,28 +74,22 @@ def start(
     """
     _check_flower()
     folder, count, port = folders.place(folder).resolve(), checked(cfg).federation.num_clients, _free(port)
-    homes = [folder / NAME.format(hospital) for hospital in range(count)]
-    cards = [_cards(cfg, home, hospital, keep_cards) for hospital, home in enumerate(homes)]
-    for home, files in zip(homes, cards, strict=True):
-        _prepare_hospital(home, files)
+    places = [folder / NAME.format(hospital) for hospital in range(count)]
+    homes.prepare({home: homes.cards(cfg, home, hospital, keep_cards) for hospital, home in enumerate(places)})
+    homes.prepare_server(folder / SERVER, (LOOPBACK, "localhost"))
     mark = secrets.token_hex(8)
-    if not (folder / SERVER / certificates.SERVER).exists():
-        certificates.make_server(folder / SERVER, (LOOPBACK, "localhost"))
-        (folder / SERVER).chmod(0o700)
-    certificates.check(folder / SERVER)
-    command = [sys.executable, watchdog.__file__, mark]
-    guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    deployment = Deployment(folder, count, port, mark, guard)
+    guard = subprocess.Popen([sys.executable, watchdog.__file__, mark], stdin=subprocess.PIPE, start_new_session=True)
+    deployment = Deployment(folder, count, port, mark, guard, ready.fits(count) if warm is None else warm)
     try:
         start_server(deployment, patience=patience)
         stale = _activated(deployment)  # of an earlier deployment in this folder that had no time for a goodbye
-        for hospital in range(count):
-            register(deployment, folder / NAME.format(hospital) / "key.pub")
+        for hospital, home in enumerate(places):
+            register(deployment, home / "key.pub")
             if not stale:
                 start_node(deployment, hospital)
         for hospital in range(count if stale else 0):
             bring_back(deployment, hospital, patience)
-        wait_online(deployment, [NAME.format(hospital) for hospital in range(count)], patience)
+        wait_online(deployment, [home.name for home in places], patience)
     except BaseException:
         deployment.stop()
         raise
@@ -132,7 +134,8 @@ def start_node(
     trust = options or ("--root-certificates", str(home / certificates.AUTHORITY))
     node = {"partition-id": hospital, "num-partitions": deployment.hospitals, "data": str(home / "data")}
     node |= {"policy": str(home / "policy.yaml")} if (home / "policy.yaml").exists() else {}
-    command = ["flower-supernode", "--superlink", f"{LOOPBACK}:{deployment.port}", "--port", str(_free(None)), *trust]
+    command = ready.command() if deployment.warm else ["flower-supernode"]
+    command += ["--superlink", f"{LOOPBACK}:{deployment.port}", "--port", str(_free(None)), *trust]
     command += ["--node-config", " ".join(f"{key}={json.dumps(value)}" for key, value in node.items())]
     if "--insecure" not in options:
         command += ["--auth-supernode-private-key", str(secret or home / "key")]
@@ -197,33 +200,6 @@ def _check_flower() -> None:
         raise ValueError(f"Flower {flwr.__version__}: this was tried with {' and '.join(TRIED)}; install one of them")
     if os.name == "nt":
         raise ValueError("deployment needs Linux or macOS: on Windows, simulation.run does the same in one process")
-
-
-def _cards(cfg: DictConfig, home: Path, hospital: int, keep: bool) -> dict[Path, str]:
-    """The files of cards that a hospital lacks, with what goes into them; those that are there are checked."""
-    missing = {}
-    for name, cards in zip(("train", "test"), client_app.own_cards(cfg, hospital), strict=True):
-        text = "".join(json.dumps(card, ensure_ascii=False) + "\n" for card in cards)
-        file = home / "data" / f"{name}.jsonl"
-        held = file.read_bytes() if file.exists() else None
-        if held is None and text:
-            missing[file] = text
-        elif held is not None and keep:
-            data.load_flashcards(str(file))
-        elif (held or b"") != text.encode():
-            what = "cut or damaged cards" if held and text.encode().startswith(held) else "other cards"
-            said = f"{file} holds {what}, not those that these settings give"
-            raise ValueError(f"{said}: name another folder, or start with keep_cards=True to use them as they are")
-    return missing
-
-
-def _prepare_hospital(home: Path, cards: dict[Path, str]) -> None:
-    (home / "data").mkdir(parents=True, exist_ok=True)
-    if not (home / "key").exists():
-        certificates.make_node_key(home / "key")
-        home.chmod(0o700)
-    for file, text in cards.items():
-        folders.write(file, text)
 
 
 def _free(port: int | None) -> int:

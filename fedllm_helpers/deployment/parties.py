@@ -30,6 +30,7 @@ class Deployment:
     port: int
     mark: str
     guard: subprocess.Popen
+    warm: bool = False
     processes: dict[str, subprocess.Popen] = field(default_factory=dict)
 
     def __enter__(self) -> "Deployment":

@@ -5,24 +5,27 @@ import logging
 import os
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from fedllm_helpers import config
 from fedllm_helpers.adapters.records import Adapter
-from fedllm_helpers.models import exchange, lora
+from fedllm_helpers.models import embedded, exchange, lora
 
 logger = logging.getLogger(__name__)
+_HELD: dict[str, tuple[PeftModel, PreTrainedTokenizerBase, Adapter]] = {}  # one at most, by its settings
 
 
 def base_model(cfg: DictConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """:func:`fedllm_helpers.models.load`, once per process: every client and the server of it share one copy.
 
-    Its adapter is whatever the last user left in it. A deployed client runs each message in a new process and loads
-    the model each time.
+    Its adapter is whatever the last user left in it. A deployed client runs each message in a new process, and loads
+    the model each time unless the process was forked from one that has it.
     """
     return _base_model(_model_settings(cfg))[:2]
 
@@ -40,11 +43,41 @@ def _model_settings(cfg: DictConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(parts))
 
 
-@lru_cache(maxsize=1)
 def _base_model(text: str) -> tuple[PeftModel, PreTrainedTokenizerBase, Adapter]:
-    _base_model.cache_clear()  # the model before goes first: two of 7B do not fit
-    model, tokenizer = lora.load(config.load(OmegaConf.create(text)))
-    return model, tokenizer, exchange.get_adapter(model)
+    if text not in _HELD:
+        let_go()  # the model before goes first: two of 7B do not fit
+        model, tokenizer = lora.load(config.load(OmegaConf.create(text)))
+        _HELD[text] = model, tokenizer, exchange.get_adapter(model)
+    return _HELD[text]
+
+
+def held() -> tuple[str, str]:
+    """The settings of the model that this process holds, as text, and its device; two empty ones where there is none.
+
+    The text is for :func:`hold` and :func:`files`, in another process.
+    """
+    return next(((text, model.device.type) for text, (model, *_) in _HELD.items()), ("", ""))
+
+
+def hold(text: str) -> None:
+    """Load a model by its settings, as :func:`base_model` does when it is first asked."""
+    _base_model(text)
+
+
+def let_go() -> None:
+    """Hold no model any longer."""
+    _HELD.clear()
+
+
+def files(text: str) -> list[Path]:
+    """The files on this machine that a model with these settings is loaded from; none where they are not here yet."""
+    name = OmegaConf.create(text).model.name
+    folder = embedded.cache_folder() / embedded.NAME if name == embedded.NAME else Path(name).expanduser()
+    if not folder.is_dir() and not folder.is_absolute():
+        kept = try_to_load_from_cache(name, "config.json")
+        folder = Path(kept).parent if isinstance(kept, str) else folder
+    own = {embedded.MANIFEST}  # written anew when a file was copied, with nothing changed in it
+    return [path for path in folder.rglob("*") if path.is_file() and path.name not in own] if folder.is_dir() else []
 
 
 @contextlib.contextmanager

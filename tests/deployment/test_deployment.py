@@ -296,7 +296,9 @@ def test_nodes_that_disagree_or_have_no_cards_stop_a_run_in_one_line(running, cf
     finally:
         (tmp_path / "away").rename(running.folder / "hospital-1" / "data")
     deployment.kill(running, "hospital-1")
-    odd = parties.Deployment(running.folder, 3, running.port, running.mark, running.guard, running.processes)
+    odd = parties.Deployment(
+        running.folder, 3, running.port, running.mark, running.guard, running.warm, running.processes
+    )
     deployment.bring_back(odd, 1)
     with pytest.raises(RuntimeError, match=r"disagree on how many hospitals there are: num-partitions=\[2, 3\]"):
         deployed_runs.run(running, cfg, "odd", show=lambda line: None)
