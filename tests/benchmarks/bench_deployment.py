@@ -6,10 +6,12 @@ import tempfile
 import time
 
 import numpy as np
+from omegaconf import DictConfig, OmegaConf
 
 from fedllm_helpers import config, deployment
 from fedllm_helpers.deployment import runs as deployed_runs
 from fedllm_helpers.deployment import watchdog
+from fedllm_helpers.deployment.parties import Deployment
 from fedllm_helpers.federation import simulation
 
 STARTS = 20
@@ -22,6 +24,14 @@ SETTINGS = (
     "dataset.max_cards_per_specialty=60",
     "federation.timeout=300",
 )
+ALONE = """
+import sys
+from omegaconf import OmegaConf
+from fedllm_helpers import config
+from fedllm_helpers.federation import simulation
+simulation.run(config.load(OmegaConf.create(sys.argv[1])), progress=False)
+"""
+TWO_ROUNDS = ("federation.num_rounds=2", "federation.training_arguments.max_steps=2")
 PARTS = """
 import time
 start = time.perf_counter()
@@ -34,8 +44,38 @@ print(imported - start, time.perf_counter() - imported)
 """
 
 
+def ways(cfg: DictConfig) -> None:
+    """Print what a run of two rounds takes, from handing it in to its end: deployed, and in a process of its own."""
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, "-c", ALONE, OmegaConf.to_yaml(cfg)], check=True)
+    took, adapters = {"in a process, with its start": (time.perf_counter() - begin, "")}, {}
+    begin = time.perf_counter()
+    adapters["here"] = simulation.run(cfg, progress=False).adapter
+    took["in this process"] = time.perf_counter() - begin, ""
+    for warm in (True, False):
+        with tempfile.TemporaryDirectory() as folder, deployment.start(cfg, folder, warm=warm) as running:
+            for name in ("first", "next"):
+                begin = time.perf_counter()
+                adapters[name] = deployed_runs.run(running, cfg, name, show=lambda line: None).adapter
+                took[f"deployed, {'warm' if warm else 'cold'}, {name} run"] = time.perf_counter() - begin, held(running)
+        same = all(np.array_equal(adapters["next"][key], value) for key, value in adapters["here"].items())
+        print(f"{'warm' if warm else 'cold'}: the adapter has {'the same bits' if same else 'OTHER BITS'}")
+    unit = took["in this process"][0]
+    print(f"{'two rounds, two hospitals':32s} {'s':>6s} {'ratio':>6s}  memory of all processes (PSS)")
+    for name, (seconds, memory) in took.items():
+        print(f"{name:32s} {seconds:6.1f} {seconds / unit:6.2f}  {memory}")
+    print()
+
+
+def held(running: Deployment) -> str:
+    """Memory of a deployment's processes, and of those that are ready for messages."""
+    sizes = {process: process.memory_full_info().pss / 1e6 for process in watchdog.marked(running.mark)}
+    ready = [size for process, size in sizes.items() if "fedllm_helpers.deployment.forking" in process.cmdline()]
+    return f"{sum(sizes.values()):.0f} MB, {', '.join(f'{size:.0f}' for size in ready) or 'none'} ready for messages"
+
+
 def main() -> None:
-    """Print three small tables."""
+    """Print four small tables."""
     cfg, starts, stops, left = config.load("cpu", *SETTINGS), [], [], 0
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(STARTS):
@@ -48,6 +88,7 @@ def main() -> None:
             left += len(list(watchdog.marked(running.mark)))
     print(f"{STARTS} starts and stops of a server and two hospitals: {left} processes left behind")
     print(f"start {np.median(starts):.1f} s ({min(starts):.1f} to {max(starts):.1f}), stop {np.median(stops):.1f} s\n")
+    ways(config.load(cfg, *TWO_ROUNDS))
     with tempfile.TemporaryDirectory() as folder, deployment.start(cfg, folder) as running:
         deployed = deployed_runs.run(running, cfg, show=lambda line: None)
     here = simulation.run(cfg, progress=False)
@@ -60,7 +101,7 @@ def main() -> None:
         print(f"{name:24s} {seconds.iloc[0]:7.1f} {seconds.iloc[1:].median():7.1f} {trained:9.1f}")
     parts = [subprocess.run([sys.executable, "-c", PARTS], capture_output=True, text=True).stdout for _ in range(5)]
     imported, loaded = np.median([list(map(float, line.split())) for line in parts], axis=0)
-    print(f"\neach message, a new process: import {imported:.1f} s, model {loaded:.1f} s (alone, median of 5)")
+    print(f"\nwithout a warm process, each message: import {imported:.1f} s, model {loaded:.1f} s (alone, median of 5)")
 
 
 if __name__ == "__main__":
