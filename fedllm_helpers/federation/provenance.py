@@ -76,7 +76,8 @@ def fingerprint(cfg: DictConfig, cards: bool = True, seeds: Iterable[int] = ()) 
         with contextlib.suppress(ValueError):  # a name that is none on the hub
             kept = try_to_load_from_cache(cfg.model.name, "config.json")
         folder = Path(kept).parent if isinstance(kept, str) else None
-    files = sorted(path for path in folder.iterdir() if MODEL_FILES.fullmatch(path.name)) if folder else []
+    named = [path for path in folder.iterdir() if MODEL_FILES.fullmatch(path.name)] if folder else []
+    files = sorted(path for path in named if path.name != embedded.MANIFEST)  # which has times, other on every machine
     facts = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     return {"cards": found.hexdigest() if cards else "", "model": _sampled(facts) if files else ""}
 

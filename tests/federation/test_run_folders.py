@@ -9,6 +9,7 @@ from families import write_model
 from fedllm_helpers import config, folders
 from fedllm_helpers.federation import client_app, run_folders, simulation
 from fedllm_helpers.federation.provenance import fingerprint
+from fedllm_helpers.models import embedded
 
 SMALL = (
     "federation.num_clients=2 federation.num_rounds=2 federation.training_arguments.max_steps=1 federation.threads=1 "
@@ -159,3 +160,19 @@ def test_a_fingerprint_is_of_cards_and_model_alone(finished):
     assert fingerprint(cfg, cards=False) == {"cards": "", "model": known["model"]}
     for name in ("nobody/nothing", "not a name", "/no/folder"):
         assert fingerprint(config.load(cfg, f"model.name={name}"), cards=False)["model"] == ""
+
+
+def test_the_fingerprint_of_a_model_is_the_same_on_every_machine(tmp_path, monkeypatch):
+    """The cached model's own list of checksums has times: it is another after every conversion."""
+    monkeypatch.setattr(embedded, "cache_folder", lambda: tmp_path)
+    folder = tmp_path / embedded.NAME
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(bytes(100))
+    cfg, found = config.load("cpu"), set()
+    for time in (1, 2):
+        (folder / embedded.MANIFEST).write_text(f'{{"model.safetensors": {{"time": {time}}}}}')
+        found.add(fingerprint(cfg, cards=False)["model"])
+    assert len(found) == 1 and "" not in found
+    (folder / "config.json").write_text('{"rope_theta": 1}')
+    assert fingerprint(cfg, cards=False)["model"] not in found

@@ -14,6 +14,7 @@ from fedllm_helpers.federation import client_app, server_app, simulation
 from fedllm_helpers.grids import in_process
 from fedllm_helpers.privacy import accounting, policy, promises, standing
 from fedllm_helpers.privacy.ledger import NOISE, ROUND, Ledger
+from fedllm_helpers.training import guarantees
 
 MASKS = ["federation.secure_aggregation.threshold=3", "federation.secure_aggregation.value_range=4"]
 PLAN = accounting.plan(60, 12, 8, delta=1e-3, noise_multiplier=1.0)  # two rounds of four steps
@@ -277,7 +278,7 @@ def test_a_federation_with_dp_sgd_spends_what_it_promises_and_then_no_more(file)
     small += "per_device_train_batch_size: 2} dataset.specialties=[eye,ear] dataset.max_cards_per_specialty=4"
     quiet = ["federation.evaluate_every=0", "train.seq_length=64", "federation.privacy.record.noise_multiplier=2"]
     cfg = config.load("cpu", "train.evaluate_split=0.25", *quiet, *_words(small))
-    plan = client_app.guarantees.record_privacy(cfg, 3)
+    plan = guarantees.record_privacy(cfg, 3)
     whole = accounting.composed([(2.0, plan.sample_rate, 2)], 1e-5)
     path = file(f"largest_epsilon: {whole * 1.001}")
 

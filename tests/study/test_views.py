@@ -10,7 +10,7 @@ from scipy.stats import kstest
 
 from fedllm_helpers import config, models, training
 from fedllm_helpers.federation import client_app
-from fedllm_helpers.models.process import base_model, first_adapter
+from fedllm_helpers.models.process import base_model, cpu_threads, first_adapter
 from fedllm_helpers.privacy import secure_aggregation as secure
 from fedllm_helpers.study import audits, results, views
 
@@ -86,7 +86,7 @@ def test_an_open_update_is_the_federation_s_and_tells_its_specialty(scene, tmp_p
     assert by_system.idxmax() == mine["specialty"][0] and by_system.sum() == pytest.approx(0, abs=1e-9)
     models.set_adapter(model, start)
     local = training.round_config(staged, 1, 2)
-    with client_app.cpu_threads(staged):
+    with cpu_threads(staged):
         cards = client_app.cards_of_round(mine, staged, 1, 2)
         training.fine_tune(model, tokenizer, cards, local, learning_rate=8e-3, description=None)
     by_hand = models.get_adapter(model)
