@@ -84,7 +84,7 @@ def test_edits_that_clients_keep_in_their_state_survive_on_ray():
     for one, other in ((ours.adapter, ray.adapter), (ours.edit, ray.edit)):
         assert all(np.array_equal(one[key], other[key]) for key in one)
     assert ours.clients["bytes_down"].tolist() == ray.clients["bytes_down"].tolist()
-    with pytest.raises(ValueError, match="client: only in process"):
+    with pytest.raises(ValueError, match="client: not on Ray"):
         simulation.run(cfg, "ray", client=poisoning.client({0}, "flipped"))
 
 
