@@ -1,5 +1,6 @@
 """Models and data sets on the hub: asked for once, within seconds, before a library asks for each file with retries."""
 
+import contextlib
 import threading
 from functools import lru_cache
 from pathlib import Path
@@ -70,12 +71,19 @@ def reason(error: Exception) -> str:
     return f"the hub {constants.ENDPOINT} cannot be reached ({said[:120]}; check the network)"
 
 
+def kept(name: str) -> Path | None:
+    """The folder that the hub's client keeps of a model on this machine; None where there is none of that name."""
+    with contextlib.suppress(ValueError):  # a name that is none on the hub
+        found = try_to_load_from_cache(name, "config.json")
+        return Path(found).parent if isinstance(found, str) else None
+    return None
+
+
 def from_pretrained(kind: type, where: str, **options: Any) -> Any:
     """``kind.from_pretrained``, with one line for what cannot be read. Code that comes with a model is never run."""
     local = Path(where).is_dir()
-    if not local and not check(where):  # from the copy as a folder: by its name, files are asked for yet
-        kept = try_to_load_from_cache(where, "config.json")
-        where, local = (str(Path(kept).parent), True) if isinstance(kept, str) else (where, False)
+    if not local and not check(where) and (copy := kept(where)):  # as a folder: by its name, files are asked for yet
+        where, local = str(copy), True
     try:
         return kind.from_pretrained(where, trust_remote_code=False, **options)
     except Exception as error:  # a dozen types, by family, library and file format

@@ -17,10 +17,7 @@ from flwr.serverapp import Grid
 from fedllm_helpers.adapters.screening import read_arrays
 
 logger = logging.getLogger(__name__)
-SOON, LATE = (
-    0.25,
-    3.0,
-)  # seconds between two looks for replies: at first, and at most; in between a twentieth of the wait
+SOON, LATE = 0.25, 3.0  # seconds between two looks for replies, at least and at most: a twentieth of the wait so far
 PACKED = "packed"  # the record of one array whose bytes are all the others, as Flower serialises them
 
 

@@ -133,10 +133,12 @@ def begun(ready: Ready) -> bool:
     os.close(here)
     ready.fresh["pipe"] = there
     _environment_as_it_came(ready)
+    import random
+
     import numpy as np
     import torch
 
-    np.random.seed()  # of the system: no two children throw the same dice
+    random.seed(), np.random.seed()  # of the system: no two children throw the same dice
     torch.set_rng_state(ready.fresh["dice"])
     torch.set_num_threads(ready.fresh["threads"])
     return True

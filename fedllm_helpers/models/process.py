@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -71,13 +70,9 @@ def let_go() -> None:
 
 def files(text: str) -> list[Path]:
     """The files on this machine that a model with these settings is loaded from; none where they are not here yet."""
-    name = OmegaConf.create(text).model.name
-    folder = embedded.cache_folder() / embedded.NAME if name == embedded.NAME else Path(name).expanduser()
-    if not folder.is_dir() and not folder.is_absolute():
-        kept = try_to_load_from_cache(name, "config.json")
-        folder = Path(kept).parent if isinstance(kept, str) else folder
+    folder = embedded.folder_of(OmegaConf.create(text).model.name)
     own = {embedded.MANIFEST}  # written anew when a file was copied, with nothing changed in it
-    return [path for path in folder.rglob("*") if path.is_file() and path.name not in own] if folder.is_dir() else []
+    return [path for path in folder.rglob("*") if path.is_file() and path.name not in own] if folder else []
 
 
 @contextlib.contextmanager

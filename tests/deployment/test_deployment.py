@@ -8,13 +8,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import flwr
 import numpy as np
 import psutil
 import pytest
+from deployed import SMALL, started, until
 from omegaconf import OmegaConf
 
 from fedllm_helpers import config, deployment
@@ -22,11 +22,6 @@ from fedllm_helpers.deployment import certificates, parties, watchdog
 from fedllm_helpers.deployment import runs as deployed_runs
 from fedllm_helpers.federation import checkpoints, simulation
 
-SMALL = (
-    "federation.num_clients=2 federation.num_rounds=2 federation.training_arguments.max_steps=1 federation.threads=1 "
-    "federation.training_arguments.per_device_train_batch_size=2 dataset.max_cards_per_specialty=6 "
-    "train.evaluate_split=0.34 federation.evaluate_every=0 federation.fraction_evaluate=1 federation.timeout=600"
-)
 resource = pytest.importorskip("resource")
 CLOCKS = ["client_seconds", "seconds", "train_seconds"]
 pytestmark = [
@@ -54,16 +49,8 @@ def cfg():
 @pytest.fixture(scope="module")
 def running(cfg, tmp_path_factory):
     """Two hospitals and a server, whose processes write down which files of hospitals they open."""
-    hook = tmp_path_factory.mktemp("hook")
-    (hook / "sitecustomize.py").write_text(WHO_OPENS_WHAT)
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = f"{hook}{os.pathsep}{before or ''}"
-    try:
-        with deployment.start(cfg, tmp_path_factory.mktemp("deployment")) as running:
-            yield running
-    finally:
-        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
-    assert not list(watchdog.marked(running.mark))
+    with started(cfg, tmp_path_factory, WHO_OPENS_WHAT) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +60,6 @@ def in_process(cfg):
 
 def same(first, second):
     return first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
-
-
-def until(condition, seconds=240):
-    """Wait for something; not for ever."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.1)
 
 
 def log(running, name):

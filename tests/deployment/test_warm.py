@@ -5,23 +5,18 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+from deployed import SMALL, started, until
 
-from fedllm_helpers import config, deployment
+from fedllm_helpers import config
 from fedllm_helpers.deployment import runs as deployed_runs
 from fedllm_helpers.deployment import same_code, warm, watchdog
 from fedllm_helpers.federation import simulation
 
-SMALL = (
-    "federation.num_clients=2 federation.num_rounds=2 federation.training_arguments.max_steps=1 federation.threads=1 "
-    "federation.training_arguments.per_device_train_batch_size=2 dataset.max_cards_per_specialty=6 "
-    "train.evaluate_split=0.34 federation.evaluate_every=0 federation.fraction_evaluate=1 federation.timeout=600"
-)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Flower starts a process for each message")
 WHO_IMPORTS_WHAT = """
 import os, sys
@@ -34,14 +29,6 @@ if "hospital-" in os.environ.get("FLWR_HOME", ""):
 """
 
 
-def until(condition, seconds=120):
-    """Wait for something; not for ever."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.1)
-
-
 @pytest.fixture(scope="module")
 def cfg():
     return config.load("cpu", *SMALL.split())
@@ -50,13 +37,8 @@ def cfg():
 @pytest.fixture(scope="module")
 def running(cfg, tmp_path_factory):
     """Two hospitals that are kept ready, and write down what each of their processes imports."""
-    hook = tmp_path_factory.mktemp("hook")
-    (hook / "sitecustomize.py").write_text(WHO_IMPORTS_WHAT)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{hook}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-        with deployment.start(cfg, tmp_path_factory.mktemp("deployment"), warm=True) as running:
-            yield running
-    assert not list(watchdog.marked(running.mark))
+    with started(cfg, tmp_path_factory, WHO_IMPORTS_WHAT, warm=True) as running:
+        yield running
 
 
 def family(running, hospital):

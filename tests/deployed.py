@@ -1,0 +1,36 @@
+"""Two hospitals and a server on real processes, for tests, and patience with what they do."""
+
+import contextlib
+import os
+import time
+
+import pytest
+
+from fedllm_helpers import deployment
+from fedllm_helpers.deployment import watchdog
+
+SMALL = (
+    "federation.num_clients=2 federation.num_rounds=2 federation.training_arguments.max_steps=1 federation.threads=1 "
+    "federation.training_arguments.per_device_train_batch_size=2 dataset.max_cards_per_specialty=6 "
+    "train.evaluate_split=0.34 federation.evaluate_every=0 federation.fraction_evaluate=1 federation.timeout=600"
+)
+
+
+def until(condition, seconds=240):
+    """Wait for something; not for ever."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def started(cfg, temporary, hook, **options):
+    """A deployment in which each process of Python begins with ``hook``; afterwards none is left."""
+    folder = temporary.mktemp("hook")
+    (folder / "sitecustomize.py").write_text(hook)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        with deployment.start(cfg, temporary.mktemp("deployment"), **options) as running:
+            yield running
+    assert not list(watchdog.marked(running.mark))
