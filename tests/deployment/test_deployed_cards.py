@@ -65,8 +65,8 @@ DAMAGES = {  # what is done to the text of the cards, and what is said with keep
     "cut at a line": (lambda raw: b"".join(raw.splitlines(True)[:-1]), None),
     "empty": (lambda raw: b"", "empty"),
     "a byte": (lambda raw: raw.replace(b"W", b"V", 1), None),
-    "not text": (lambda raw: bytes(range(256)), ""),
-    "a list": (lambda raw: b"[1, 2]\n", ""),
+    "not text": (lambda raw: bytes(range(256)), "not UTF-8 text"),
+    "a list": (lambda raw: b"[1, 2]\n", "expected a list of rows with names"),
 }
 
 
