@@ -101,11 +101,14 @@ class TooFew(Exception):
 
 
 class Enough(Wrapper):
-    """A strategy that learns nothing from a round of fewer than ``least`` replies; ``closed`` are masked ones."""
+    """A strategy that learns nothing from a round of fewer than ``least`` replies.
 
-    def __init__(self, strategy: Strategy, least: int, closed: bool = False) -> None:
+    ``closed`` are masked ones; ``setting`` is named where there are too few.
+    """
+
+    def __init__(self, strategy: Strategy, least: int, closed: bool = False, setting: str = "") -> None:
         super().__init__(strategy)
-        self.least, self.closed = least, closed
+        self.least, self.closed, self.setting = least, closed, setting
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -114,8 +117,15 @@ class Enough(Wrapper):
         try:
             return super().aggregate_train(server_round, self._counted(replies))
         except TooFew as few:
-            arrived = f"not opened: {few} masked updates arrived, {self.least} are needed"
-            self.why = arrived if self.closed else ""
+            count = few.args[0]
+            kinds = (
+                ("masked update arrived", "masked updates arrived")
+                if self.closed
+                else ("usable reply", "usable replies")
+            )
+            came = f"not {'opened' if self.closed else 'combined'}: {count} {kinds[count != 1]}"
+            needed = f"{came}, {self.least} are needed{self.setting and f' ({self.setting})'}"
+            self.why = needed if self.closed or count else ""
             return None, None
 
     def _counted(self, replies: Iterable[Message]) -> Iterator[Message]:

@@ -5,6 +5,7 @@ What needs the cards or the model is said where they are known: batches and prom
 """
 
 import logging
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -55,6 +56,12 @@ def check(cfg: DictConfig, said: set[str] = frozenset()) -> None:
 def asked(cfg: DictConfig) -> int:
     """How many hospitals a round asks."""
     return max(1, round(cfg.federation.fraction_train * cfg.federation.num_clients))
+
+
+def needed(cfg: DictConfig, of: int | None = None) -> int:
+    """How many usable replies, ``of`` so many hospitals (those that a round asks), change the adapter."""
+    share = cfg.federation.min_share * (of or asked(cfg))
+    return max(cfg.federation.min_replies, math.floor(round(share, 9)) + 1)
 
 
 def within_a_round(cfg: DictConfig) -> dict[str, Any]:

@@ -158,6 +158,9 @@ class Federation:
         0.0, "share of them asked to score the average on their own cards", low=0, high=1
     )
     min_replies: int = _setting(1, "usable replies without which a round leaves the adapter as it was", low=1)
+    min_share: float = _setting(
+        0.5, "and they must be of more than this share of the hospitals that a round asks", low=0, high=0.99
+    )
     max_cards: int = _setting(
         1_000_000, "most cards that a hospital may claim as its weight; a reply with more is left out", low=1
     )

@@ -23,6 +23,7 @@ from fedllm_helpers.aggregation.ruled import Rule
 from fedllm_helpers.aggregation.strategies import Careful, Enough
 from fedllm_helpers.communication.compression import Compressed
 from fedllm_helpers.communication.metered import Metered
+from fedllm_helpers.config.contradictions import needed
 from fedllm_helpers.federation.tables import NUMBERS
 from fedllm_helpers.models.editing import scaling
 from fedllm_helpers.privacy.masked import Masked
@@ -98,7 +99,9 @@ def compose(cfg: DictConfig) -> Chain:
         strategy = Noised(strategy, *given, uniform=uniform, seed=how.privacy.noise_seed)
     if how.secure_aggregation.threshold:
         strategy = masked = Masked(strategy, **masks(cfg))
-    strategy, small = Enough(strategy, how.min_replies, closed=bool(masked)), how.compression
+    least, small = needed(cfg), how.compression
+    setting = f"min_replies={least}" if least == how.min_replies else f"min_share={how.min_share}"
+    strategy = Enough(strategy, least, bool(masked), f"federation.{setting}")
     if small.up != "fp32" or small.down != "fp32" or small.keep < 1:
         up = None if masked else small.up
         strategy = Compressed(strategy, up=up, down=small.down, keep=small.keep, error_feedback=small.error_feedback)

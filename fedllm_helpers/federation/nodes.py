@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from fedllm_helpers import config
 from fedllm_helpers.adapters.packing import send
 from fedllm_helpers.adapters.screening import LIMITS, looked_at, read_numbers
+from fedllm_helpers.config.contradictions import needed
 from fedllm_helpers.training.fine_tuning import Round
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,8 @@ def hospitals(
     Args:
         grid: of the run.
         cfg: all ``federation.num_clients`` are waited for the first time, ``federation.timeout`` seconds at most; a
-            node whose answer is an error is asked again until then. Later one is enough.
+            node whose answer is an error is asked again until then. Later as many as may change the adapter are enough:
+            ``federation.min_replies``, and more than ``federation.min_share`` of all.
         seats: by hospital its node, and since when that is away (0: it is there); empty at first, and kept up to date.
         answers: of nodes that have introduced themselves already.
 
@@ -118,7 +120,8 @@ def hospitals(
         RuntimeError: at the start two say the same.
     """
     first, answers, failed, found = not seats, dict(answers or {}), {}, {}
-    wanted = cfg.federation.num_clients if first else 1
+    least = needed(cfg, cfg.federation.num_clients)
+    wanted = cfg.federation.num_clients if first else least
     for _ in _moments(grid, cfg):
         nodes = _wait_for(grid, cfg, wanted)
         _note_who_is_away(seats, nodes)
@@ -129,7 +132,7 @@ def hospitals(
                 answers[node] = None
         found = {node: hospital for hospital, (node, away) in sorted(seats.items()) if not away}
         refused = [node for node in new if answers.get(node, 0) is None]
-        if found and len(found) + len(refused) >= wanted:
+        if len(found) >= least and len(found) + len(refused) >= wanted:
             return found
     raise TimeoutError(f"{len(found)} of {wanted} hospitals say which they are; {_first(failed)}")
 

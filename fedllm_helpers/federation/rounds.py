@@ -42,8 +42,8 @@ def run_round(run: Federation, step: Round, adapter: Adapter, names: dict[int, i
         names: the hospital of each node that is connected.
 
     Returns:
-        The new adapter, or the old one where fewer than ``federation.min_replies`` replies were usable, or the strategy
-        made nothing of them; and the row of the history.
+        The new adapter, or the old one where too few replies were usable (``federation.min_replies`` and
+        ``federation.min_share``), or the strategy made nothing of them; and the row of the history.
 
     Raises:
         RuntimeError: no reply was usable, or nothing was made of them, and so it was in the round before.
@@ -102,21 +102,17 @@ def _say_what_is_missing(run: Federation, row: dict[str, Any], away: list[int], 
     number, used, why, history = row["round"], row["used"], run.chain.why(), run.tables.history
     if away:
         logger.warning("round %d: not connected: hospitals %s", number, ", ".join(map(str, away)))
-    least = run.cfg.federation.min_replies
-    if used >= least:
-        return
     if used:
-        kept = f"federation.min_replies={least}: the adapter stays as it was"
-        logger.warning("round %d: %d usable replies of %d, %s", number, used, row["asked"], kept)
         return
-    said = f"round {number}: none of {row['asked']} hospitals sent a usable adapter; "
+    idle, before = why.startswith("not combined"), history[-1] if history else {}
+    none = f"none of {row['asked']} hospitals sent a usable adapter"
+    said = f"round {number}: {why or none}; "
     if left:
         hospital, status = run.chain.hospitals[left[0].sender], run.chain.status(left[0].sender)
-        said += f"the first, hospital {hospital}: {status}"
-    else:
-        said += why or "no reply in time"
-    idle, before = why.startswith("not combined"), history[-1] if history else {}
-    said = f"round {number}: {why}" if idle else said
+        said += f"the first {'of the others' if why else 'of them'}, hospital {hospital}: {status}"
+    elif not why:
+        said += "no reply in time"
+    said = said.removesuffix("; ")
     if not before.get("used") and not (idle and "used" not in before):
         error = RuntimeError(said)
         if left and left[0].trace:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from fedllm_helpers import config, data, folders, models, training
 from fedllm_helpers.adapters.records import Adapter
+from fedllm_helpers.config.schema import Federation
 from fedllm_helpers.evaluation import multiple_choice
 from fedllm_helpers.evaluation.scoring import AnswerScores, score_answers
 from fedllm_helpers.federation import client_app, simulation
@@ -190,6 +191,8 @@ def key_of(cfg: DictConfig, *parts: Any) -> str:
     for later in ("test", "columns"):
         if settings["dataset"][later] is None:
             del settings["dataset"][later]
+    if cfg.federation.min_share == Federation().min_share:
+        del settings["federation"]["min_share"]
     if not cfg.model.lora.core:
         del settings["model"]["lora"]["core"]
     if not noise.silent(cfg):

@@ -14,6 +14,7 @@ from flwr.serverapp import strategy as strategies
 from fedllm_helpers import aggregation, config, training
 from fedllm_helpers.adapters.records import from_record, to_record
 from fedllm_helpers.communication import compression
+from fedllm_helpers.config import contradictions
 from fedllm_helpers.config.schema import STRATEGIES
 from fedllm_helpers.federation import chain, nodes, server_app
 from fedllm_helpers.grids import in_process
@@ -256,8 +257,9 @@ def test_fewer_replies_than_the_minimum_leave_the_adapter_as_it_was(name, caplog
     cfg = tiny.settings("federation.min_replies=3", f"federation.strategy={name}")
     faults = {(2, hospital): _raise for hospital in (0, 1)}
     adapter, tables = tiny.federate(cfg, tiny.client(faults))
-    assert "round 2: 2 usable replies of 4, federation.min_replies=3: the adapter stays" in caplog.text
-    assert tables.history_frame()["used"].tolist() == [4, 2, 4]
+    assert "round 2: not combined: 2 usable replies, 3 are needed (federation.min_replies=3)" in caplog.text
+    assert "the first of the others, hospital 0: it failed: OSError" in caplog.text
+    assert tables.history_frame()["used"].tolist() == [4, 0, 4]
 
     strategy, current = chain.named_strategy(cfg), tiny.START  # the same two rounds, the second left out by hand
     for number in (1, 3):
@@ -267,6 +269,48 @@ def test_fewer_replies_than_the_minimum_leave_the_adapter_as_it_was(name, caplog
             current = from_record(strategy.aggregate_train(number, list(grid.send_and_receive(messages)))[0])
     for key, value in current.items():
         np.testing.assert_allclose(adapter[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_lone_survivor_does_not_become_everyones_adapter(caplog):
+    faults = {(2, hospital): _raise for hospital in (0, 1)}
+    _, tables = tiny.federate(tiny.settings(), tiny.client(faults))  # two of four are no more than half
+    assert tables.history_frame()["used"].tolist() == [4, 0, 4]
+    assert "2 usable replies, 3 are needed (federation.min_share=0.5)" in caplog.text
+    status = tables.clients_frame().query("round == 2")["status"]
+    assert status.str.startswith("not combined: 2 usable replies").tolist() == [False, False, True, True]
+    _, tables = tiny.federate(tiny.settings("federation.min_share=0"), tiny.client(faults))
+    assert tables.history_frame()["used"].tolist() == [4, 2, 4]
+    faults |= {(3, hospital): _raise for hospital in (0, 1)}
+    with pytest.raises(RuntimeError, match="round 3: not combined: 2 usable replies, 3 are needed"):
+        tiny.federate(tiny.settings(), tiny.client(faults))
+
+
+@pytest.mark.parametrize(
+    ("share", "asked", "least"), [(0, 6, 1), (0.5, 6, 4), (0.5, 5, 3), (0.29, 100, 30), (0.5, 1, 1)]
+)
+def test_more_than_a_share_are_needed(share, asked, least):
+    assert contradictions.needed(tiny.settings(f"federation.min_share={share}", hospitals=asked)) == least
+
+
+def test_a_round_waits_for_more_than_half_of_the_hospitals(caplog):
+    class Leaving(tiny.Shuffled):
+        """Of four hospitals, two lose their connection after the first round, and one of them comes back."""
+
+        looks = 0
+
+        def get_node_ids(self):
+            nodes = sorted(super().get_node_ids())
+            Leaving.looks += bool(seen)
+            return nodes if not seen else nodes[:2] if Leaving.looks < 8 else nodes[:3]
+
+    seen = []
+    cfg = tiny.settings("federation.timeout=20", rounds=2)
+    _, tables = tiny.federate(cfg, tiny.client(seen=seen), grid=Leaving)
+    assert Leaving.looks >= 8 and tables.history_frame()["used"].tolist() == [4, 3]
+    Leaving.looks, cfg = -100, config.load(cfg, "federation.timeout=1")
+    seen.clear()
+    with pytest.raises(TimeoutError, match="2 of 3 hospitals are connected after federation.timeout="):
+        tiny.federate(cfg, tiny.client(seen=seen), grid=Leaving)
 
 
 def test_hospitals_score_the_average_on_their_own_cards():

@@ -197,7 +197,7 @@ MODS = [packing.client_mod, cheat, """
 
 def test_garbage_and_a_late_reply_are_left_out_and_said(running, cfg):
     """Hospital 1 sends garbage in the first round and, in the second, nothing within the timeout."""
-    cfg = config.load(cfg, "federation.fraction_evaluate=0", "federation.timeout=60")
+    cfg = config.load(cfg, "federation.fraction_evaluate=0", "federation.timeout=60", "federation.min_share=0")
     app, said = deployed_runs.bundle(running, cfg, "cheated"), []
     code = (app / "fedllm_helpers" / "federation" / "client_app.py").read_text()
     assert "MODS = [packing.client_mod, " in code
@@ -244,7 +244,7 @@ def test_a_server_that_is_killed_and_one_whose_disk_is_full_go_on_to_the_same_bi
 
 
 def test_a_hospital_that_is_killed_in_training_is_missed_and_comes_back(running, cfg):
-    cfg = config.load(cfg, "federation.fraction_evaluate=0", "federation.num_rounds=2")
+    cfg = config.load(cfg, "federation.fraction_evaluate=0", "federation.num_rounds=2", "federation.min_share=0")
     before = log(running, "hospital-1").count("Receiving: train")
 
     def strike():
