@@ -16,7 +16,7 @@ from fedllm_helpers.federation.provenance import fingerprint, provenance
 from fedllm_helpers.study.arms import KEPT, pool, run_all, tuning_config
 from fedllm_helpers.study.lab import ROUNDS, SETTINGS, card_rows, run_arm
 
-LORA_RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
+LORA_RATE, CORE_RATE = 8e-3, 0.128
 PARTITIONS = ("specialty", "iid")
 SCALE = 4  # α / r, for every rank
 ALL = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
@@ -43,18 +43,16 @@ PACKED = {
 }
 ARMS = {name: (name, "") for name in KINDS} | PACKED
 LONG = ("LoRA r 1", "LoRA r 16", "LoRA-XS r 16", "LoRA-XS r 64")
-MANY = "federation.num_rounds=12 federation.evaluate_every=1 federation.evaluate_cards=48"  # by specialty
+MANY = "federation.num_rounds=10 federation.evaluate_every=1 federation.evaluate_cards=48"  # by specialty
 
 
-def rates_of(kind: str) -> tuple[float, ...]:
-    """The rates tried for a kind, among which the best is not the least and not the largest.
+def guess(kind: str) -> float:
+    """The rate with which the search for a kind's begins.
 
     Those of cores fall with their size, as each number of a larger core moves more; more layers want smaller ones.
     """
-    (name, size), parts = kind.split(",")[0].split(" r "), (0.25, 0.5, 1, 2)
-    if kind.endswith(", all"):
-        parts = (0.125, *parts)
-    return LORA_RATES if name == "LoRA" else tuple(part * 0.128 / int(size) for part in parts)
+    (name, size), more = kind.split(",")[0].split(" r "), kind.endswith(", all")
+    return (LORA_RATE if name == "LoRA" else CORE_RATE / int(size)) / (4 if more and name != "LoRA" else 1)
 
 
 def settings(cfg: DictConfig, arm: str, seed: int = 0, where: str = PARTITIONS[0]) -> DictConfig:
@@ -64,73 +62,115 @@ def settings(cfg: DictConfig, arm: str, seed: int = 0, where: str = PARTITIONS[0
     return config.load(cfg, f"seed={seed}", *f"{KINDS[kind]} {more}".split())
 
 
-def tune(cfg: DictConfig, workers: ProcessPoolExecutor, path: Path) -> dict[str, float]:
-    """The best of :func:`rates_of` each kind, by held-out training cards of seed 0, by specialty."""
-    tuning = tuning_config(cfg, KEPT)
-    keys = [(kind, rate) for kind in KINDS for rate in rates_of(kind)]
-    jobs = {(kind, rate): partial(run_arm, settings(tuning, kind), rate) for kind, rate in keys}
-    rows = [
-        (kind, rate, found["nll"].sum() / found["tokens"].sum(), len(found["nll"]))
-        for (kind, rate), found in run_all(workers, jobs, "rates")
-    ]
-    table = pd.DataFrame(rows, columns=["kind", "learning_rate", "nll", "n"]).sort_values(["kind", "learning_rate"])
-    folders.write(path, table.round(4).to_csv(index=False))
+def tune(cfg: DictConfig, workers: ProcessPoolExecutor) -> pd.DataFrame:
+    """Rates of each kind, by held-out training cards of seed 0, by specialty, until the best lies between worse ones.
+
+    Returns:
+        ``kind``, ``learning_rate``, ``nll`` per token and ``n`` cards: a row for each rate tried, each twice the last.
+    """
+    tuning, rows = tuning_config(cfg, KEPT), []
+    wanted = {(kind, guess(kind) * part) for kind in KINDS for part in (0.5, 1, 2)}
+    while wanted:
+        jobs = {(kind, rate): partial(run_arm, settings(tuning, kind), rate) for kind, rate in sorted(wanted)}
+        for (kind, rate), found in run_all(workers, jobs, "rates"):
+            rows.append((kind, rate, found["nll"].sum() / found["tokens"].sum(), len(found["nll"])))
+        table = pd.DataFrame(rows, columns=["kind", "learning_rate", "nll", "n"])
+        wanted = {further for kind, tried in table.groupby("kind") if (further := _further(kind, tried))}
+    return table.sort_values(["kind", "learning_rate"]).round(4)
+
+
+def _further(kind: str, tried: pd.DataFrame) -> tuple[str, float] | None:
+    best, rates = tried.loc[tried["nll"].idxmin(), "learning_rate"], tried["learning_rate"]
+    if best == rates.max():
+        return kind, 2 * best
+    return (kind, best / 2) if best == rates.min() else None
+
+
+def chosen(table: pd.DataFrame) -> dict[str, float]:
+    """The best rate of each kind of :func:`tune`."""
     return table.loc[table.groupby("kind")["nll"].idxmin()].set_index("kind")["learning_rate"].to_dict()
 
 
 def frontier_grid(seeds: list[int], folder: Path, processes: int) -> None:
-    """Tune each kind, run :data:`ARMS` over partitions and seeds, and write four tables and their provenance.
+    """Tune each kind, run :data:`ARMS` over partitions and seeds, and write tables and their provenance.
+
+    It takes hours. Tables are written after each of its four parts, and a part that they hold is not done again.
 
     Args:
         seeds: of split, start and order.
-        folder: for ``frontier_cards.csv`` (a row per partition, seed and held-out card, summed nats by arm),
-            ``frontier_bytes.csv`` (a row per partition, arm, seed and hospital), ``frontier_rounds.csv`` (of the arms
-            with many rounds: a row per arm, seed and round, with bytes of all hospitals), ``frontier_rates.csv`` and
+        folder: for ``frontier_rates.csv``, ``frontier_cards.csv`` (a row per partition, seed and held-out card, summed
+            nats by arm), ``frontier_bytes.csv`` (a row per partition, arm, seed and hospital), ``frontier_rounds.csv``
+            (of the arms with many rounds: a row per arm, seed and round, with bytes of all hospitals) and
             ``frontier.json``.
         processes: that train at the same time.
+
+    Raises:
+        ValueError: tables there are of other cards, seeds or another model.
     """
-    cfg, start = config.load("cpu", "federation.threads=1", *SETTINGS), time.perf_counter()
+    cfg = config.load("cpu", "federation.threads=1", *SETTINGS)
+    done = _done(folder, fingerprint(cfg, seeds=seeds))
     with pool(processes) as workers:
-        rates = tune(cfg, workers, folder / "frontier_rates.csv")
-        arms, long = list(itertools.product(ARMS, seeds)), list(itertools.product(LONG, seeds))
-        keys = [(*key, PARTITIONS[0]) for key in arms] + [(*key, MANY) for key in long]
-        keys += [(*key, PARTITIONS[1]) for key in arms]
-        jobs = {key: partial(run_arm, settings(cfg, *key), rates[ARMS[key[0]][0]]) for key in keys}
-        found = dict(run_all(workers, jobs, "arms"))
-    write(folder, cfg, seeds, found)
-    more: dict[str, Any] = {"seeds": seeds, "seconds": round(time.perf_counter() - start), "learning_rates": rates}
-    more["arms"] = {arm: f"{KINDS[kind]} {changes}".strip() for arm, (kind, changes) in ARMS.items()}
-    more |= {"many_rounds": {"arms": list(LONG), "settings": MANY}, "fingerprint": fingerprint(cfg, seeds=seeds)}
-    folders.write(folder / "frontier.json", json.dumps(provenance(cfg, **more), indent=1) + "\n")
+        for part in ("rates", PARTITIONS[0], MANY, PARTITIONS[1]):
+            start = time.perf_counter()
+            if part in done:
+                continue
+            if part == "rates":
+                folders.write(folder / "frontier_rates.csv", tune(cfg, workers).to_csv(index=False))
+            rates = chosen(pd.read_csv(folder / "frontier_rates.csv"))
+            if part != "rates":
+                arms = itertools.product(LONG if part == MANY else ARMS, seeds)
+                jobs = {key: partial(run_arm, settings(cfg, *key, part), rates[ARMS[key[0]][0]]) for key in arms}
+                write(folder, cfg, part, dict(run_all(workers, jobs, part.split()[0])))
+            done[part] = round(time.perf_counter() - start)
+            more: dict[str, Any] = {"seeds": seeds, "seconds": done, "learning_rates": rates}
+            more["arms"] = {arm: f"{KINDS[kind]} {changes}".strip() for arm, (kind, changes) in ARMS.items()}
+            more["many_rounds"] = {"arms": list(LONG), "settings": MANY}
+            more["fingerprint"] = fingerprint(cfg, seeds=seeds)
+            folders.write(folder / "frontier.json", json.dumps(provenance(cfg, **more), indent=1) + "\n")
 
 
-def write(folder: Path, cfg: DictConfig, seeds: list[int], found: dict) -> None:
-    """The tables of cards, bytes and rounds.
+def _done(folder: Path, here: dict[str, str]) -> dict[str, int]:
+    path = folder / "frontier.json"
+    if not path.is_file():
+        return {}
+    origin = json.loads(path.read_text(encoding="utf-8"))
+    if origin["fingerprint"] != here:
+        raise ValueError(f"{path}: it is of other cards, seeds or another model; take another --folder")
+    return origin["seconds"]
+
+
+def write(folder: Path, cfg: DictConfig, part: str, found: dict) -> None:
+    """Add a partition to the tables of cards and bytes, or write the table of rounds.
 
     Args:
         folder: of the results.
         cfg: of the grid.
-        seeds: of it.
-        found: results of :func:`fedllm_helpers.study.lab.run_arm` by (arm, seed, partition or :data:`MANY`).
+        part: the partition, or :data:`MANY`.
+        found: results of :func:`fedllm_helpers.study.lab.run_arm` by (arm, seed).
     """
+    if part == MANY:
+        tables = [
+            pd.DataFrame(one["rounds"], columns=ROUNDS).assign(arm=arm, seed=seed) for (arm, seed), one in found.items()
+        ]
+        table = pd.concat(tables).astype({"round": int, "bytes_up": int, "bytes_down": int})
+        order = ["arm", "seed", "round", "nll", "bytes_up", "bytes_down"]
+        folders.write(folder / "frontier_rounds.csv", table[order].sort_values(order).round(4).to_csv(index=False))
+        return
     cards = []
-    for partition, seed in itertools.product(PARTITIONS, seeds):
-        some = {arm: found[arm, seed, partition] for arm in ARMS}
-        cards.append(card_rows(config.load(cfg, f"seed={seed}"), some).assign(partition=partition))
-    folders.write(folder / "frontier_cards.csv", pd.concat(cards).to_csv(index=False))
+    for seed in sorted({seed for _, seed in found}):
+        some = {arm: found[arm, seed] for arm in ARMS}
+        cards.append(card_rows(config.load(cfg, f"seed={seed}"), some).assign(partition=part))
+    _add(folder / "frontier_cards.csv", pd.concat(cards))
     rows = [
-        (partition, arm, seed, hospital, int(up), int(down))
-        for (arm, seed, partition), one in found.items()
-        if partition != MANY
+        (part, arm, seed, hospital, int(up), int(down))
+        for (arm, seed), one in found.items()
         for hospital, (up, down) in enumerate(zip(one["up"], one["down"], strict=True))
     ]
     table = pd.DataFrame(rows, columns=["partition", "arm", "seed", "hospital", "bytes_up", "bytes_down"])
-    folders.write(folder / "frontier_bytes.csv", table.sort_values(list(table)).to_csv(index=False))
-    parts = [
-        pd.DataFrame(one["rounds"], columns=ROUNDS).assign(arm=arm, seed=seed)
-        for (arm, seed, where), one in found.items()
-        if where == MANY
-    ]
-    table = pd.concat(parts).astype({"round": int, "bytes_up": int, "bytes_down": int})
-    order = ["arm", "seed", "round", "nll", "bytes_up", "bytes_down"]
-    folders.write(folder / "frontier_rounds.csv", table[order].sort_values(order).round(4).to_csv(index=False))
+    _add(folder / "frontier_bytes.csv", table.sort_values(list(table)))
+
+
+def _add(path: Path, table: pd.DataFrame) -> None:
+    before = pd.read_csv(path) if path.is_file() else table
+    others = before[~before["partition"].isin(table["partition"])]
+    folders.write(path, pd.concat([others, table]).to_csv(index=False))
