@@ -122,7 +122,7 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
     assert done.returncode == 0 and "made in" in done.stdout, done.stderr
     before = made(folder)
     wrong = {
-        "has ca.crt, server.key, server.crt already": [folder, "fed.example.org"],
+        "has ca.crt, ca.key, server.key, server.crt already": [folder, "fed.example.org"],
         "host 'https://fed.example.org'": [tmp_path / "new", "https://fed.example.org"],
         "--days -5: allowed are 1 to 3650": [tmp_path / "new", "fed.example.org", "--days", "-5"],
         "is a file": [tmp_path / "etc" / "ca.crt", "fed.example.org"],
