@@ -2,7 +2,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: run test test-processes test-colab test-browser test-gpu lab bench lint badges site
+.PHONY: run test test-processes test-colab test-browser test-gpu lab bench lint badges site slides class
 
 run: .venv/ready
 	@$(BIN)/python notebooks/run.py
@@ -10,7 +10,7 @@ run: .venv/ready
 test: .venv/ready
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-test-processes: .venv/ready
+test-processes: .venv/teaching
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder -m processes
 
 test-colab: .venv/ready
@@ -35,11 +35,21 @@ lint: .venv/ready
 site: .venv/ready
 	@$(BIN)/python docs/figure.py && $(BIN)/python docs/site.py
 
+slides: .venv/ready
+	@$(BIN)/python docs/teaching/decks.py
+
+class: .venv/teaching
+	@$(BIN)/python docs/teaching/bundle.py
+
 badges: .venv/ready
 	@$(BIN)/python notebooks/badges.py
 
 .venv/ready: pyproject.toml
 	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else 'Python 3.11 to 3.13 is needed, and this is %d.%d: make PYTHON=python3.12 …' % v)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[dev,lab,sim,site]"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[dev,lab,sim,site,track]"
+	@touch $@
+
+.venv/teaching: .venv/ready
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[teaching]"
 	@touch $@

@@ -1,6 +1,6 @@
-"""``python -m fedllm_helpers.policy``: the command of :mod:`fedllm_helpers.privacy.standing`."""
+"""``python -m fedllm_helpers.policy``: the command of :mod:`fedllm_helpers.site.standing`."""
 
-from fedllm_helpers.privacy.standing import main
+from fedllm_helpers.site.standing import main
 
 if __name__ == "__main__":
     main()

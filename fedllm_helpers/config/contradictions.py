@@ -5,13 +5,12 @@ What needs the cards or the model is said where they are known: batches and prom
 """
 
 import logging
-import math
 from dataclasses import fields
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from fedllm_helpers.config import strategy_arguments, training_arguments
+from fedllm_helpers.config.rounds import asked, within_a_round
 from fedllm_helpers.config.schema import (
     AVERAGING,
     BY_PRODUCT,
@@ -51,22 +50,7 @@ def check(cfg: DictConfig, said: set[str] = frozenset()) -> None:
     _check_strategy(cfg)
     strategy_arguments.check(cfg.federation, asked(cfg))
     _check_rule(cfg)
-
-
-def asked(cfg: DictConfig) -> int:
-    """How many hospitals a round asks."""
-    return max(1, round(cfg.federation.fraction_train * cfg.federation.num_clients))
-
-
-def needed(cfg: DictConfig, of: int | None = None) -> int:
-    """How many usable replies, ``of`` so many hospitals (those that a round asks), change the adapter."""
-    share = cfg.federation.min_share * (of or asked(cfg))
-    return max(cfg.federation.min_replies, math.floor(round(share, 9)) + 1)
-
-
-def within_a_round(cfg: DictConfig) -> dict[str, Any]:
-    """The training arguments of a round: the federation's over those of a single training."""
-    return OmegaConf.to_container(OmegaConf.merge(cfg.train.training_arguments, cfg.federation.training_arguments))
+    training_arguments.check_trackers(cfg.federation.report_to)
 
 
 def _check_rounds(cfg: DictConfig) -> None:

@@ -174,6 +174,9 @@ class Federation:
     training_arguments: dict[str, Any] = _setting(dict, "in place of train.training_arguments, within a round")
     evaluate_every: int = _setting(1, "rounds between two evaluations on the server; 0 for none", low=0)
     evaluate_cards: int | None = _setting(48, "held-out cards for them; null for all", low=2)
+    report_to: Any = _setting(
+        None, "trackers of the rounds, in the run's folder: tensorboard, mlflow, or a list of both"
+    )
     threads: int | None = _setting(
         None, "CPU threads of a hospital; null for as many as the process has", low=1, high=4096
     )

@@ -163,6 +163,13 @@ def trackers(value: Any) -> list:
     return [] if value in (None, "none") else value if isinstance(value, list) else [value]
 
 
+def check_trackers(value: Any) -> None:
+    """Raise ValueError, in one line, for what is none of a federation's own trackers; only the server needs them."""
+    for name in trackers(value):
+        if name not in ("tensorboard", "mlflow"):
+            raise ValueError(f"federation.report_to={name!r:.60}: allowed are null, tensorboard, mlflow")
+
+
 def _no_tracker(value: Any) -> str:
     for name in trackers(value):
         if not isinstance(name, str) or name not in TRACKERS:

@@ -166,7 +166,8 @@ def collect(running: Deployment, cfg: DictConfig, name: str = "run") -> Federate
         )
     tables, base = Tables(last.history, last.clients), Base(last.edits)
     origin = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-    return FederatedRecord(last.adapter, tables.history_frame(), tables.clients_frame(), origin, base.whole())
+    frames = tables.history_frame(), tables.clients_frame()
+    return FederatedRecord(last.adapter, *frames, origin, base.whole(), scores=tables.scores_frame())
 
 
 def _status_or_gone(running: Deployment, number: int) -> dict:

@@ -23,9 +23,10 @@ from fedllm_helpers.aggregation.ruled import Rule
 from fedllm_helpers.aggregation.strategies import Careful, Enough
 from fedllm_helpers.communication.compression import Compressed
 from fedllm_helpers.communication.metered import Metered
-from fedllm_helpers.config.contradictions import needed
+from fedllm_helpers.config.rounds import needed
 from fedllm_helpers.federation.tables import NUMBERS
 from fedllm_helpers.models.editing import scaling
+from fedllm_helpers.privacy.audit_log import Audited
 from fedllm_helpers.privacy.masked import Masked
 from fedllm_helpers.privacy.noised import Noised
 
@@ -42,6 +43,7 @@ class Chain:
     top: Metered
     screened: Screened
     rule: Rule
+    audited: Audited
     masked: Masked | None = None
     hospitals: dict[int, int] = field(default_factory=dict)
 
@@ -106,7 +108,8 @@ def compose(cfg: DictConfig) -> Chain:
         up = None if masked else small.up
         strategy = Compressed(strategy, up=up, down=small.down, keep=small.keep, error_feedback=small.error_feedback)
     screened = Screened(strategy, **limits(cfg))
-    chain = Chain(Metered(screened), screened, chosen, masked, hospitals)
+    audited = Audited(screened)
+    chain = Chain(Metered(audited), screened, chosen, audited, masked, hospitals)
     for wrapper in chain.wrappers():
         wrapper.names = hospitals
     return chain

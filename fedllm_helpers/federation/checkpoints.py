@@ -17,7 +17,7 @@ from fedllm_helpers import folders
 from fedllm_helpers.adapters.records import Adapter
 
 logger = logging.getLogger(__name__)
-FREE = ("federation.timeout",)  # may differ when a run goes on: changes no bit
+FREE = ("federation.timeout", "federation.report_to")  # may differ when a run goes on: changes no bit
 ROUND = re.compile(r"round-(\d{6})\.safetensors")
 KEPT = 2  # the newest rounds: were one damaged, the one before it is there
 

@@ -20,8 +20,9 @@ from fedllm_helpers.aggregation import edits, rules
 from fedllm_helpers.aggregation.loraxs import factors_of
 from fedllm_helpers.communication import compression
 from fedllm_helpers.config.runs import settings
+from fedllm_helpers.evaluation import at_home
 from fedllm_helpers.federation import node_settings
-from fedllm_helpers.privacy import guards, masked_clients, noise, policy, promises
+from fedllm_helpers.privacy import audit_log, guards, masked_clients, noise, policy, promises
 from fedllm_helpers.privacy.masked_clients import ATTEMPT
 
 if TYPE_CHECKING:
@@ -41,10 +42,15 @@ def _silent(context: Context) -> bool:
     return noise.silent(settings(context))
 
 
+def _own(context: Context) -> tuple["Dataset", "Dataset"]:
+    return node_cards(context, int(context.node_config["partition-id"]))
+
+
 PROMISED, CLOSED = guards.promised(_masks, _silent), guards.closed(_silent)
-MODS = [packing.client_mod, policy.mod, PROMISED, compression.mod, masked_clients.mod, rules.mod, CLOSED]
+OUTSIDE = [packing.client_mod, audit_log.mod, policy.mod, PROMISED, compression.mod, masked_clients.mod]
+MODS = [*OUTSIDE, rules.mod, CLOSED, at_home.mod_for(settings, _own)]
 app = ClientApp(mods=MODS)
-masked_clients.register(app, lambda context: len(node_cards(context, int(context.node_config["partition-id"]))[0]))
+masked_clients.register(app, lambda context: len(_own(context)[0]))
 
 
 @app.query()

@@ -7,7 +7,7 @@ import sys
 from flwr.app import Context
 
 logger = logging.getLogger(__name__)
-KNOWN = ("partition-id", "num-partitions", "data", "policy", "simulated")
+KNOWN = ("partition-id", "num-partitions", "data", "policy", "audit", "report", "alone", "simulated")
 
 
 def simulated(context: Context) -> bool:

@@ -124,7 +124,7 @@ def _say_what_is_missing(run: Federation, row: dict[str, Any], away: list[int], 
 def _evaluate_at_clients(
     run: Federation, step: Round, adapter: Adapter, names: dict[int, int], row: dict[str, Any]
 ) -> None:
-    """Put into the row: nats per answer token on sampled hospitals' own held-out cards, weighted by cards.
+    """Put into the row: nats per answer token on sampled hospitals' own held-out cards, each and weighted by cards.
 
     They are drawn by themselves: were they those that trained, the average would be scored where it came from.
     """
@@ -137,3 +137,6 @@ def _evaluate_at_clients(
     for _, _, way, _, size in top.rows[weighed:]:
         row[f"bytes_{way}"] += size
     row["client_nll"] = scored["nll"] if scored else float("nan")
+    seen = run.chain.screened.seen.values()
+    found = [reply for reply in seen if reply.status == "used" and reply.numbers["num-examples"]]
+    row["own"] = [(names[one.sender], int(one.numbers["num-examples"]), one.numbers["nll"]) for one in found]

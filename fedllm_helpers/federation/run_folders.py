@@ -16,7 +16,13 @@ from fedllm_helpers.federation import checkpoints
 
 logger = logging.getLogger(__name__)
 ORIGIN = "provenance.json"
-RESULTS = ("adapter", "history.csv", "clients.csv", ORIGIN)  # what a finished run leaves beside its rounds
+RESULTS = (
+    "adapter",
+    "history.csv",
+    "clients.csv",
+    "scores.csv",
+    ORIGIN,
+)  # what a finished run leaves beside its rounds
 
 
 def named(folder: str | Path | None) -> str:

@@ -18,17 +18,19 @@ from fedllm_helpers.adapters.records import Adapter, to_record
 from fedllm_helpers.aggregation.ruled import Rule
 from fedllm_helpers.aggregation.rules import scaled
 from fedllm_helpers.config.runs import settings
+from fedllm_helpers.config.training_arguments import trackers
+from fedllm_helpers.evaluation import tracking
 from fedllm_helpers.evaluation.scoring import score_answers
 from fedllm_helpers.federation import checkpoints, resumed, run_folders
 from fedllm_helpers.federation.chain import Chain, compose
 from fedllm_helpers.federation.nodes import Answers, hospitals, join
 from fedllm_helpers.federation.provenance import fingerprint, provenance
 from fedllm_helpers.federation.rounds import Federation, run_round
-from fedllm_helpers.federation.tables import Tables, bar, report
+from fedllm_helpers.federation.tables import Tables, bar, numbers, report
 from fedllm_helpers.grids.in_process import quiet_flower
 from fedllm_helpers.models import cores, editing
 from fedllm_helpers.models.process import base_model, cpu_threads, first_adapter
-from fedllm_helpers.privacy import noise
+from fedllm_helpers.privacy import audit_log, noise
 from fedllm_helpers.training import memory
 
 logger = logging.getLogger(__name__)
@@ -41,13 +43,14 @@ class Options:
 
     ``evaluate`` scores an adapter on the server, in nats per answer token; ``keep`` saves one under a name, after every
     ``train.save_every_round`` rounds; ``folder`` is that of the checkpoints, one after every round; ``progress`` is
-    ``"bar"`` over rounds and clients, ``"lines"``, one for each round, or nothing.
+    ``"bar"`` over rounds and clients, ``"lines"``, one for each round, or nothing; ``track`` takes a round's numbers.
     """
 
     evaluate: Callable[[Adapter], float] | None = None
     keep: Callable[[Adapter, str], None] | None = None
     folder: Path | None = None
     progress: str = ""
+    track: tracking.Log | None = None
 
 
 @app.main()
@@ -64,15 +67,18 @@ def main(grid: Grid, context: Context) -> None:
     apart = not getattr(grid, "lazy", False)  # in one process all is known anyway
     if apart and cfg.federation.privacy.noise_seed is not None:
         logger.warning("federation.privacy.noise_seed is set: whoever knows it can take the noise off; for study only")
-    with quiet_flower(), run_folders.alone_in(folder):
+    names, flat = trackers(cfg.federation.report_to), {"config": OmegaConf.to_yaml(cfg)}
+    with quiet_flower(), run_folders.alone_in(folder), tracking.tracked(names, folder, flat) as track:
         cfg, answers = join(grid, cfg)
         chain, start = compose(cfg), first_adapter(cfg)
+        if folder and apart:
+            chain.audited.begin(folder / audit_log.FILE, str(context.run_id), audit_log.settings_digest(given))
         if cfg.model.lora.core:
             chain.rule.factors = cores.sketch(base_model(cfg)[0])
         seen = fingerprint(cfg, cards="cards" not in given and bool(cfg.federation.evaluate_every))
         origin = provenance(cfg, fingerprint={**seen, "cards": str(given.get("cards", seen["cards"]))})
         keep = partial(_keep, cfg, chain.rule, folder) if folder else None
-        options = Options(_evaluation(cfg, chain.rule), keep, folder, progress)
+        options = Options(_evaluation(cfg, chain.rule), keep, folder, progress, track)
         if folder:
             run_folders.check_origin(folder, origin)
         adapter, tables = federate(grid, cfg, start, options, chain=chain, answers=answers)
@@ -84,6 +90,8 @@ def main(grid: Grid, context: Context) -> None:
                 keep(adapter, "adapter")
                 folders.write(folder / "history.csv", tables.history_frame().to_csv(index=False))
                 folders.write(folder / "clients.csv", tables.clients_frame().to_csv(index=False))
+                if cfg.federation.fraction_evaluate:
+                    folders.write(folder / "scores.csv", tables.scores_frame().to_csv(index=False))
                 folders.write(folder / run_folders.ORIGIN, json.dumps(origin, indent=1))
 
 
@@ -179,6 +187,8 @@ def _finish(run: Federation, options: Options, step: training.Round, adapter: Ad
         _save(run, options, step.number, adapter)
         row["nll"] = options.evaluate(adapter)
     row["seconds"] = time.perf_counter() - start
+    if options.track:
+        options.track(numbers(run.tables), step.number)
     if options.progress == "lines":
         print(report(row, run.cfg.federation.num_rounds), flush=True)
     if options.keep and step.saved:

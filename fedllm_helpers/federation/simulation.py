@@ -39,7 +39,8 @@ App = Callable[[Message, Context], Message]
 class FederatedRecord:
     """What a federation gave: adapter, a table of rounds, a table of rounds × clients, and where it comes from.
 
-    The columns are those of :class:`tables.Tables`. ``edit`` has factors of what was added to the base
+    The columns are those of :class:`tables.Tables`. ``scores`` has, with ``federation.fraction_evaluate``, what the
+    average reached on each hospital's own held-out cards. ``edit`` has factors of what was added to the base
     model, for :func:`editing.edited`; {} with the rules that leave it alone. ``personal`` has, with
     FedSA-LoRA and in process, the adapter of each hospital that trained.
     """
@@ -50,6 +51,7 @@ class FederatedRecord:
     provenance: dict[str, Any]
     edit: Adapter = field(default_factory=dict)
     personal: dict[int, Adapter] = field(default_factory=dict)
+    scores: pd.DataFrame = field(default_factory=lambda: Tables().scores_frame())
 
 
 def run(
@@ -181,7 +183,8 @@ def _record(context: Context, origin: dict[str, Any], personal: dict[int, Adapte
     tables = Tables(rows["history"], [tuple(row) for row in rows["clients"]])
     adapter, edit = (from_record(context.state[name]) for name in ("adapter", "edit"))
     whole = {hospital: {**adapter, **own} for hospital, own in personal.items()}
-    return FederatedRecord(adapter, tables.history_frame(), tables.clients_frame(), origin, edit, whole)
+    frames = tables.history_frame(), tables.clients_frame()
+    return FederatedRecord(adapter, *frames, origin, edit, whole, tables.scores_frame())
 
 
 def _own_client(message: Message, context: Context) -> Message:

@@ -21,12 +21,13 @@ NUMBERS = {
     "train-seconds": "train_seconds",
     "seconds": "seconds",
 }
+SCORES = ["round", "client", "cards", "nll"]
 CLIENTS = ["round", "client", "status", "bytes_down", "bytes_up", *NUMBERS.values()]
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What happened: a row per round, and a row per round and client.
+    """What happened: a row per round, and a row per round and client; ``own`` of a round has each hospital's score.
 
     Losses and ``nll`` are nats per answer token: before and after a hospital's training on its own cards, and of the
     average on the server's held-out cards (``client_nll``: on the hospitals' own). ``status`` is ``used`` or why not.
@@ -42,6 +43,11 @@ class Tables:
     def clients_frame(self) -> pd.DataFrame:
         """A row per round and client, bytes in either direction included."""
         return pd.DataFrame(self.clients, columns=CLIENTS)
+
+    def scores_frame(self) -> pd.DataFrame:
+        """A row per round and hospital that scored the average: nats per answer token on its own held-out cards."""
+        rows = [(row["round"], *score) for row in self.history for score in row.get("own", ())]
+        return pd.DataFrame(rows, columns=SCORES)
 
 
 def summary(step: Round, rows: list[tuple], more_down: int = 0, more_up: int = 0) -> dict[str, Any]:
@@ -65,6 +71,15 @@ def summary(step: Round, rows: list[tuple], more_down: int = 0, more_up: int = 0
         "bytes_up": int(frame["bytes_up"].sum()) + more_up,
         "client_seconds": float(frame["seconds"].sum()),
     }
+
+
+def numbers(tables: Tables) -> dict[str, float]:
+    """What a tracker shows of the last round, by name: of the round, and of each hospital."""
+    row = tables.history[-1]
+    found = {f"round/{name}": value for name, value in row.items() if isinstance(value, (int, float))}
+    for client in tables.clients_frame().query("round == @row['round']").to_dict("records"):
+        found |= {f"hospital {client['client']}/{name}": client[name] for name in ("loss_before", "loss_after")}
+    return found | {f"hospital {hospital}/own nll": nll for hospital, _, nll in row.get("own", ())}
 
 
 def bar(plan: list[Round], shown: bool) -> tqdm:

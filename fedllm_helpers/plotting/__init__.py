@@ -1,7 +1,7 @@
 """Every figure of the course, drawn from plain tables, and every drawing; it imports no other room."""
 
 from fedllm_helpers.plotting.aggregation import core, cross_terms, errors_by_layer, rules, two_means
-from fedllm_helpers.plotting.comparisons import budgets, cost_to_target, differences
+from fedllm_helpers.plotting.comparisons import budgets, cost_to_target, differences, families, lines
 from fedllm_helpers.plotting.defences import dropped_mask, one_card, who_sees_what
 from fedllm_helpers.plotting.diagrams import levels, lora_update, next_token, pooled_training, tokens, two_questions
 from fedllm_helpers.plotting.federations import data_routes, federation, flower_apps, moves, one_round, wall
@@ -21,12 +21,14 @@ __all__ = [
     "differences",
     "dropped_mask",
     "errors_by_layer",
+    "families",
     "federation",
     "flower_apps",
     "frontier",
     "heat_maps",
     "intervals",
     "levels",
+    "lines",
     "lora_update",
     "losses",
     "moves",

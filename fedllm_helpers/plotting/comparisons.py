@@ -97,6 +97,25 @@ def cost_to_target(table: pd.DataFrame, target: float, title: str) -> Figure:
     return figure
 
 
+def lines(series: Mapping[str, pd.Series], ylabel: str, title: str) -> Figure:
+    """A line by round for each name, in a legend beside.
+
+    Args:
+        series: values by round.
+        ylabel, title: of the figure, with the unit.
+    """
+    looks = itertools.cycle(zip(("#1f4e8c", "#e08214", "#1b8a5a", "#b2479a", "#555555"), "Ds^Po", strict=True))
+    with plt.style.context(STYLE):
+        figure, axes = plt.subplots(figsize=(8.4, 3.6))
+        for (name, values), (colour, mark) in zip(series.items(), looks, strict=False):
+            axes.plot(values.index, values, color=colour, marker=mark, markersize=5, label=name)
+        axes.set(xlabel="round", ylabel=ylabel, title=title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if series:
+            figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
 def families(table: pd.DataFrame, xlabel: str, ylabel: str, title: str) -> Figure:
     """Quality against size for kinds of adapters that each come in several sizes: a line for each, with intervals.
 

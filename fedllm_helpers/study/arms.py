@@ -193,6 +193,7 @@ def key_of(cfg: DictConfig, *parts: Any) -> str:
             del settings["dataset"][later]
     if cfg.federation.min_share == Federation().min_share:
         del settings["federation"]["min_share"]
+    del settings["federation"]["report_to"]
     if not cfg.model.lora.core:
         del settings["model"]["lora"]["core"]
     if not noise.silent(cfg):

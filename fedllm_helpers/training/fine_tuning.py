@@ -27,7 +27,8 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fedllm_helpers import folders, limits, models
-from fedllm_helpers.config import checked, contradictions
+from fedllm_helpers.config import checked
+from fedllm_helpers.config.rounds import asked
 from fedllm_helpers.training import memory
 from fedllm_helpers.training.batches import LengthBatches, check_cards, collate, encode, takes_logits_to_keep
 from fedllm_helpers.training.progress import ProgressBar
@@ -136,7 +137,7 @@ def rounds(cfg: DictConfig) -> list[Round]:
     (Loshchilov & Hutter 2017, arXiv:1608.03983). Taught in notebook 02.
     """
     low, high, total = cfg.train.learning_rate_min, cfg.train.learning_rate_max, cfg.federation.num_rounds
-    clients, plan = contradictions.asked(cfg), []
+    clients, plan = asked(cfg), []
     for number in range(1, total + 1):
         rate = low + 0.5 * (high - low) * (1 + math.cos(math.pi * (number - 1) / total))
         plan.append(Round(number, rate, clients, number % cfg.train.save_every_round == 0 or number == total))

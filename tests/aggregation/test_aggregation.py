@@ -14,7 +14,7 @@ from flwr.serverapp import strategy as strategies
 from fedllm_helpers import aggregation, config, training
 from fedllm_helpers.adapters.records import from_record, to_record
 from fedllm_helpers.communication import compression
-from fedllm_helpers.config import contradictions
+from fedllm_helpers.config import rounds
 from fedllm_helpers.config.schema import STRATEGIES
 from fedllm_helpers.federation import chain, nodes, server_app
 from fedllm_helpers.grids import in_process
@@ -289,7 +289,7 @@ def test_a_lone_survivor_does_not_become_everyones_adapter(caplog):
     ("share", "asked", "least"), [(0, 6, 1), (0.5, 6, 4), (0.5, 5, 3), (0.29, 100, 30), (0.5, 1, 1)]
 )
 def test_more_than_a_share_are_needed(share, asked, least):
-    assert contradictions.needed(tiny.settings(f"federation.min_share={share}", hospitals=asked)) == least
+    assert rounds.needed(tiny.settings(f"federation.min_share={share}", hospitals=asked)) == least
 
 
 def test_a_round_waits_for_more_than_half_of_the_hospitals(caplog):

@@ -234,6 +234,14 @@ ROUNDS = pd.DataFrame({"round": [0, 1], "nll": [3.0, 2.5]})
 PARTS = pd.DataFrame({"import": [5.0, 0.0], "train": [2.0, 4.0]}, index=["deployed", "in one process"])
 
 
+SIZES = pd.DataFrame(
+    [
+        ("LoRA", "1", 100.0, 0.1, 0.05, 0.2),
+        ("LoRA", "4", 400.0, 0.0, -0.1, 0.1),
+        ("LoRA-XS", "16", 60.0, 0.15, 0.1, 0.3),
+    ],
+    columns=["family", "label", "kilobytes", "value", "low", "high"],
+)
 TOLD = [  # what is drawn, and what its words hold
     (
         "intervals",
@@ -314,11 +322,14 @@ TOLD = [  # what is drawn, and what its words hold
         ["large: (1, 2), (4, 8)", "a day", "5.5"],
     ),
     (
-        "cost_to_target",
-        lambda: plotting.cost_to_target(
-            pd.DataFrame({"arm": ["a", "a", "b"], "megabytes": [0.05, 0.1, 2.0], "nll": [3.0, 2.5, 2.6]}), 2.55, "t"
-        ),
-        ["a: (0.05, 3), (0.1, 2.5)", "b: (2, 2.6)", "dashed at 2.55: the target"],
+        "families",
+        lambda: plotting.families(SIZES, "kilobytes", "nats", "t"),
+        ["LoRA: at 400, 0 from -0.1 to 0.1", "LoRA-XS: at 60, 0.15 from 0.1 to 0.3"],
+    ),
+    (
+        "lines",
+        lambda: plotting.lines({"server": pd.Series([3.0, 2.5], index=[0, 2])}, "nats", "t"),
+        ["server: (0, 3), (2, 2.5)", "round"],
     ),
     (
         "bill",

@@ -12,8 +12,9 @@ from fedllm_helpers import config
 from fedllm_helpers.adapters.records import to_record
 from fedllm_helpers.federation import client_app, server_app, simulation
 from fedllm_helpers.grids import in_process
-from fedllm_helpers.privacy import accounting, policy, promises, standing
+from fedllm_helpers.privacy import accounting, policy, promises
 from fedllm_helpers.privacy.ledger import NOISE, ROUND, Ledger
+from fedllm_helpers.site import standing
 from fedllm_helpers.training import guarantees
 
 MASKS = ["federation.secure_aggregation.threshold=3", "federation.secure_aggregation.value_range=4"]
