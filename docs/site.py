@@ -44,11 +44,23 @@ INDEX = """
 course
 data
 project
+pilot
 pieces
 names
 further
-teaching
 glossary
+```
+
+```{{toctree}}
+:caption: Teaching
+:maxdepth: 1
+
+teaching/README
+teaching/law
+teaching/reading
+teaching/marking
+teaching/exam
+teaching/exam-answers
 ```
 """
 
@@ -90,6 +102,9 @@ def main() -> int:
         nbformat.write(described(nbformat.read(path, as_version=4)), SOURCE / path.name)
     for path in (ROOT / "docs").glob("*.md"):
         shutil.copy(path, SOURCE)
+    (SOURCE / "teaching").mkdir()
+    for path in (ROOT / "docs" / "teaching").glob("*.md"):
+        shutil.copy(path, SOURCE / "teaching")
     (SOURCE / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "results.png", SOURCE / "docs")  # README's figure, at README's address
     title, rest = (ROOT / "README.md").read_text(encoding="utf-8").removeprefix("# ").split("\n", 1)

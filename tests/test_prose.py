@@ -132,7 +132,7 @@ def test_glossary_pointers_lead_to_a_section_that_has_the_word():
 
 def test_section_pointers_in_docs_and_notebooks_lead_somewhere():
     sections, wrong = headings(), []
-    texts = {path.name: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+    texts = {path.name: path.read_text() for path in (ROOT / "docs").rglob("*.md")}
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         texts[path.name] = "\n\n".join(cell.source for cell in cells(path) if cell.cell_type == "markdown")
     for name, text in texts.items():

@@ -45,4 +45,4 @@ def test_one_can_search_and_finds_what_stands_around_the_notebooks(site):
     index = (site / "searchindex.js").read_text(encoding="utf-8")
     assert all(word in index for word in ("membership", "supernod", "flora"))
     front = (site / "index.html").read_text(encoding="utf-8")
-    assert all(f'href="{page}.html"' in front for page in ("course", "teaching", "glossary", "01_intro"))
+    assert all(f'href="{page}.html"' in front for page in ("course", "teaching/README", "glossary", "01_intro"))
