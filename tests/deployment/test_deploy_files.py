@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fedllm_helpers.deployment import certificates, hosts, parties, watchdog
+from fedllm_helpers.deployment import certificates, health, hosts, parties, watchdog
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Flower's processes need Linux or macOS")
@@ -39,27 +39,28 @@ def test_units_restart_and_may_write_their_own_folder_alone(name):
     assert environment["HOME"] == "/var/lib/fedllm", "the hub's cache lies there, and must be writable"
     assert environment["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
     assert "127.0.0.1" in service["ExecStart"], "what need not be reached from outside is not"
+    assert service["IPAddressDeny"] == "any"
+    assert service["CapabilityBoundingSet"] == "" and service["LimitCORE"] == "0"
+    assert "MemoryDenyWriteExecute" not in service, "torch and CUDA write code to memory and run it"
     assert sections["Install"]["WantedBy"] == "multi-user.target"
 
 
 @pytest.fixture
 def machine(tmp_path):
     """Starts a unit's own command line here: same options, other paths, and ports of this machine."""
-    mark, ports = os.urandom(6).hex(), {"8000": hosts._free(None), "9094": hosts._free(None)}
+    mark, ports = os.urandom(6).hex(), {name: str(hosts._free(None)) for name in ("8000", "8001", "9094", "9095")}
+    (tmp_path / "log").mkdir()
     certificates.make_server(tmp_path / "etc", ("fed.example.org", "127.0.0.1", "localhost"))
     certificates.make_node_key(tmp_path / "etc" / "node")
     scripts = Path(sys.executable).parent
     moves = {"/opt/fedllm/bin": str(scripts), "/etc/fedllm": str(tmp_path / "etc"), "/var/lib/fedllm": str(tmp_path)}
+    moves |= {"/var/log/fedllm": str(tmp_path / "log")}
 
     def here(text, superlink):
         text = text.replace("fed.example.org:9093", superlink)
         for there, now in moves.items():
             text = text.replace(there, now)
-        return (
-            text.replace(":8000", f":{ports['8000']}")
-            .replace("--port 8000", f"--port {ports['8000']}")
-            .replace("9094", str(ports["9094"]))
-        )
+        return re.sub(r"(?<=[: ])(8000|8001|9094|9095)\b", lambda found: ports[found[0]], text)
 
     def start(name, superlink=f"127.0.0.1:{ports['8000']}"):
         sections, environment = unit(name)
@@ -69,7 +70,7 @@ def machine(tmp_path):
         with open(tmp_path / f"{name}.txt", "w") as log:
             return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
 
-    yield tmp_path, ports["8000"], start, mark
+    yield tmp_path, int(ports["8000"]), start, mark
     watchdog.end(mark)
 
 
@@ -107,6 +108,9 @@ def test_the_units_commands_start_a_server_and_let_a_hospital_in(machine):
     online = lambda: flwr(folder, port, "supernode", "list")["nodes"][0]["status"] == "online"  # noqa: E731
     wait(online, node, folder / "hospital.service.txt")
     assert (folder / "state.db").exists()
+    assert "Starting" in (folder / "log" / "superlink.log").read_text(encoding="utf-8")
+    ports = [re.search(r"health-server-address (\S+)", " ".join(one.args))[1] for one in (server, node)]
+    assert all(health.alive(port) for port in ports) and not health.alive(f"127.0.0.1:{hosts._free(None)}", 1)
 
 
 @pytest.mark.processes
