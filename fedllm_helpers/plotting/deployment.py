@@ -1,11 +1,13 @@
-"""Figures of notebook 06."""
+"""The figure and the drawing of notebook 06."""
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from fedllm_helpers.plotting import sketch
 from fedllm_helpers.plotting.figures import STYLE
+from fedllm_helpers.plotting.sketch import arrow, box, note
 
 
 def stacked(table: pd.DataFrame, xlabel: str, title: str) -> Figure:
@@ -30,4 +32,37 @@ def stacked(table: pd.DataFrame, xlabel: str, title: str) -> Figure:
         axes.invert_yaxis()
         axes.set(xlabel=xlabel, title=title)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.55), ncols=len(table.columns), frameon=False)
+    return figure
+
+
+def machines(hospitals: int = 2) -> Figure:
+    """Which process runs on which machine, who connects to whom, and which port nobody outside may reach."""
+    alt = (
+        "The server's machine on the left: a ServerApp, a SuperLink on port 8000 that listens on 127.0.0.1 alone, and "
+        f"a gateway on port 9093. On the right {hospitals} hospitals, each with a SuperNode, a ClientApp and its own "
+        "cards. Each SuperNode connects out to the gateway, which passes on to the SuperLink. An operator on the "
+        "server starts runs with flwr run. An arrow from outside to port 8000 is crossed out: whoever reached it "
+        "could start runs."
+    )
+    figure, axes = sketch.canvas(9, 4.1, alt)
+    box(axes, 0.2, 0.2, 4.5, 3.5, "", "white")
+    note(axes, 0.4, 3.88, "server", size=10, side="left")
+    box(axes, 2.3, 2.75, 2.1, 0.75, "asks and averages", sketch.SERVER, "ServerApp")
+    box(axes, 2.3, 1.45, 2.1, 0.85, "port 8000,\n127.0.0.1 alone", sketch.GRID, "SuperLink")
+    box(axes, 2.3, 0.4, 2.1, 0.65, "port 9093, open", sketch.SERVER, "gateway")
+    box(axes, 0.4, 1.45, 1.3, 0.85, "flwr run", "white", "operator")
+    arrow(axes, (1.72, 1.87), (2.27, 1.87), sketch.DOWN)
+    arrow(axes, (3.35, 2.72), (3.35, 2.33), sketch.INK, both=True)
+    arrow(axes, (3.35, 1.08), (3.35, 1.42), sketch.UP)
+    height = 3.5 / hospitals
+    for place in range(hospitals):
+        y = 3.7 - height * (place + 1)
+        box(axes, 5.9, y + 0.1, 2.9, height - 0.2, "", sketch.HOSPITAL)
+        note(axes, 6.05, y + height - 0.28, f"hospital {place}", side="left")
+        box(axes, 6.05, y + 0.25, 1.05, height - 0.8, "connects out", "white", "SuperNode")
+        box(axes, 7.25, y + 0.25, 1.4, height - 0.8, "reads its own cards", "white", "ClientApp")
+        arrow(axes, (6.02, y + 0.2 + height / 2 - 0.3), (4.43, 0.62 + 0.2 * (hospitals - place) / hospitals), sketch.UP)
+    arrow(axes, (5.8, 3.05), (4.43, 2.05), sketch.BAD, dashed=True)
+    note(axes, 5.1, 2.56, "×", sketch.BAD, size=20)
+    note(axes, 5.15, 3.32, "nobody from\noutside", sketch.BAD, size=8.5)
     return figure
