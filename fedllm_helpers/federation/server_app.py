@@ -3,10 +3,11 @@
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
@@ -67,16 +68,15 @@ def main(grid: Grid, context: Context) -> None:
     apart = not getattr(grid, "lazy", False)  # in one process all is known anyway
     if apart and cfg.federation.privacy.noise_seed is not None:
         logger.warning("federation.privacy.noise_seed is set: whoever knows it can take the noise off; for study only")
-    names, flat = trackers(cfg.federation.report_to), {"config": OmegaConf.to_yaml(cfg)}
-    with quiet_flower(), run_folders.alone_in(folder), tracking.tracked(names, folder, flat) as track:
+    names, shown = trackers(cfg.federation.report_to), {"config": OmegaConf.to_yaml(cfg)}
+    with quiet_flower(), run_folders.alone_in(folder), tracking.tracked(names, folder, shown) as track:
         cfg, answers = join(grid, cfg)
         chain, start = compose(cfg), first_adapter(cfg)
         if folder and apart:
             chain.audited.begin(folder / audit_log.FILE, str(context.run_id), audit_log.settings_digest(given))
         if cfg.model.lora.core:
             chain.rule.factors = cores.sketch(base_model(cfg)[0])
-        seen = fingerprint(cfg, cards="cards" not in given and bool(cfg.federation.evaluate_every))
-        origin = provenance(cfg, fingerprint={**seen, "cards": str(given.get("cards", seen["cards"]))})
+        origin = _origin(cfg, given)
         keep = partial(_keep, cfg, chain.rule, folder) if folder else None
         options = Options(_evaluation(cfg, chain.rule), keep, folder, progress, track)
         if folder:
@@ -88,11 +88,21 @@ def main(grid: Grid, context: Context) -> None:
         if folder:
             with checkpoints.kept_or_said(folder, "the last adapter with its tables"):
                 keep(adapter, "adapter")
-                folders.write(folder / "history.csv", tables.history_frame().to_csv(index=False))
-                folders.write(folder / "clients.csv", tables.clients_frame().to_csv(index=False))
-                if cfg.federation.fraction_evaluate:
-                    folders.write(folder / "scores.csv", tables.scores_frame().to_csv(index=False))
-                folders.write(folder / run_folders.ORIGIN, json.dumps(origin, indent=1))
+                _write(folder, tables, origin)
+
+
+def _origin(cfg: DictConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a run comes from; who started it may know its cards."""
+    seen = fingerprint(cfg, cards="cards" not in given and bool(cfg.federation.evaluate_every))
+    return provenance(cfg, fingerprint={**seen, "cards": str(given.get("cards", seen["cards"]))})
+
+
+def _write(folder: Path, tables: Tables, origin: dict[str, Any]) -> None:
+    folders.write(folder / "history.csv", tables.history_frame().to_csv(index=False))
+    folders.write(folder / "clients.csv", tables.clients_frame().to_csv(index=False))
+    if len(scores := tables.scores_frame()):
+        folders.write(folder / "scores.csv", scores.to_csv(index=False))
+    folders.write(folder / run_folders.ORIGIN, json.dumps(origin, indent=1))
 
 
 def _evaluation(cfg: DictConfig, rule: Rule) -> Callable[[Adapter], float] | None:
