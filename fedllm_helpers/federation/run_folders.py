@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from flwr.app import Context
 from platformdirs import user_data_path
 
 from fedllm_helpers import folders
+from fedllm_helpers.adapters.records import Adapter
 from fedllm_helpers.federation import checkpoints
 
 logger = logging.getLogger(__name__)
 ORIGIN = "provenance.json"
+HELD = 8  # adapters: two rounds, each with two moments of a strategy, the last adapter, and one that is being written
 RESULTS = (
     "adapter",
     "history.csv",
@@ -90,6 +93,18 @@ def check_folder(folder: Path) -> None:
     folders.for_adapter(folder / RESULTS[0]), folders.place(folder / "adapters")
 
 
+def check_room(folder: Path, adapter: Adapter) -> None:
+    """See, before anyone trains, that the disk holds a run: two rounds with what strategies keep, and the adapters.
+
+    Raises:
+        OSError: it does not.
+    """
+    need, free = HELD * sum(value.nbytes for value in adapter.values()), shutil.disk_usage(folder).free
+    if free < need:
+        said = f"{free / 1e6:.1f} MB are free, and the adapters of a run take about {need / 1e6:.1f} MB"
+        raise OSError(f"{folder}: {said}: make room, or name another folder")
+
+
 @contextlib.contextmanager
 def alone_in(folder: Path | None) -> Iterator[None]:
     """Hold the folder of a run, where it has one: two runs in one would write over each other's rounds.
@@ -104,8 +119,9 @@ def alone_in(folder: Path | None) -> Iterator[None]:
         yield
         return
     check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
+    with folders.said("a run", folder, "make room, or name another folder"):
+        folder.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire()
     except Timeout:

@@ -80,6 +80,7 @@ def main(grid: Grid, context: Context) -> None:
         keep = partial(_keep, cfg, chain.rule, folder) if folder else None
         options = Options(_evaluation(cfg, chain.rule), keep, folder, progress, track)
         if folder:
+            run_folders.check_room(folder, start)
             run_folders.check_origin(folder, origin)
         adapter, tables = federate(grid, cfg, start, options, chain=chain, answers=answers)
         rows = {"history": json.dumps(tables.history), "clients": json.dumps(tables.clients)}

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import shutil
+import subprocess
 
 import pytest
 from families import write_model
@@ -42,6 +44,25 @@ def go_on(cfg, folder, train=lambda: pytest.fail("it trained")):
         return train() if message.metadata.message_type == "train" else client_app.app(message, context)
 
     return simulation.run(cfg, folder=folder, progress=False, client=app)
+
+
+@pytest.fixture
+def little_disk(tmp_path):
+    """A file system of a quarter of a megabyte."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("only root on Linux mounts a small disk")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_without_room_is_said_before_anyone_trains(finished, little_disk):
+    cfg, _, _, _ = finished
+    with pytest.raises(OSError, match=r"MB are free, and the adapters of a run take about .* MB: make room") as error:
+        go_on(config.load(cfg, "model.lora.peft_lora_r=1024", "model.lora.peft_lora_alpha=1024"), little_disk / "run")
+    assert "\n" not in str(error.value)
 
 
 def test_other_cards_are_refused_and_nothing_is_touched(finished):
