@@ -124,17 +124,20 @@ def families(table: pd.DataFrame, xlabel: str, ylabel: str, title: str) -> Figur
             ``high``, in the order of the sizes.
         xlabel, ylabel, title: of the figure, with units.
     """
-    looks = itertools.cycle(zip(("#1f4e8c", "#e08214", "#1b8a5a", "#b2479a", "#555555"), "Ds^Po", strict=True))
+    colours = ("#1f4e8c", "#e08214", "#1b8a5a", "#b2479a", "#555555", "#74add1")
+    looks = itertools.cycle(zip(colours, "Ds^Pov", strict=True))
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(figsize=(8.4, 4.4))
         axes.axhline(0, color="black", linewidth=1)
-        for (family, part), (colour, mark) in zip(table.groupby("family", sort=False), looks, strict=False):
+        for place, (family, part) in enumerate(table.groupby("family", sort=False)):
+            colour, mark = next(looks)
             spread = [part["value"] - part["low"], part["high"] - part["value"]]
             look = {"fmt": f"{mark}-", "color": colour, "markersize": 5, "linewidth": 1}
             axes.errorbar(part["kilobytes"], part["value"], yerr=spread, label=family, **look)
             for row in part.itertuples():
                 beside = {"textcoords": "offset points", "color": colour, "fontsize": 9}
-                axes.annotate(row.label, (row.kilobytes, row.value), (5, 4), **beside)
+                where = {"xytext": (5, 4)} if place % 2 == 0 else {"xytext": (-5, -4), "ha": "right", "va": "top"}
+                axes.annotate(row.label, (row.kilobytes, row.value), **where, **beside)
         axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
         plain_ticks(axes)
         axes.margins(x=0.08)
