@@ -442,7 +442,7 @@ class Coming(in_process.InProcessGrid):
 
 
 def test_no_node_takes_the_place_of_another_that_is_there_or_was_a_minute_ago(caplog, monkeypatch):
-    cfg, seats, now = tiny.settings(hospitals=2), {}, [1000.0]
+    cfg, seats, now = tiny.settings("federation.min_share=0", hospitals=2), {}, [1000.0]
     monkeypatch.setattr(nodes.time, "monotonic", lambda: now[0])
     with Coming(None, 2, {}) as grid:
         for at, there, expected in [

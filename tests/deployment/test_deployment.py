@@ -192,7 +192,7 @@ def cheat(message, context, call_next):
     return reply
 
 
-MODS = [packing.client_mod, cheat, """
+OUTSIDE = [packing.client_mod, cheat, """
 
 
 def test_garbage_and_a_late_reply_are_left_out_and_said(running, cfg):
@@ -200,9 +200,9 @@ def test_garbage_and_a_late_reply_are_left_out_and_said(running, cfg):
     cfg = config.load(cfg, "federation.fraction_evaluate=0", "federation.timeout=60", "federation.min_share=0")
     app, said = deployed_runs.bundle(running, cfg, "cheated"), []
     code = (app / "fedllm_helpers" / "federation" / "client_app.py").read_text()
-    assert "MODS = [packing.client_mod, " in code
+    assert "OUTSIDE = [packing.client_mod, " in code
     (app / "fedllm_helpers" / "federation" / "client_app.py").write_text(
-        code.replace("MODS = [packing.client_mod, ", CHEAT)
+        code.replace("OUTSIDE = [packing.client_mod, ", CHEAT)
     )
     deployed_runs.follow(running, deployed_runs.submit(running, cfg, "cheated", app=app), said.append)
     clients = deployed_runs.collect(running, cfg, "cheated").clients
