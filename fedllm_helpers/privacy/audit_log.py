@@ -27,6 +27,7 @@ from fedllm_helpers.privacy.ledger import NOISE, Ledger
 
 logger = logging.getLogger(__name__)
 FILE = "audit.jsonl"
+LONGEST = 1 << 16  # bytes from the end in which the last line is looked for; none is near as long
 
 
 def digest(content: RecordDict) -> str:
@@ -40,7 +41,7 @@ def digest(content: RecordDict) -> str:
 
 
 def settings_digest(given: Any) -> str:
-    """sha256 of a run's settings, without what is each party's own."""
+    """sha256 of a run's settings, as every party gets them."""
     return hashlib.sha256(json.dumps(dict(given), sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -53,6 +54,7 @@ def append(path: str | Path, entry: dict[str, Any]) -> None:
     """
     path = Path(path).expanduser()
     with FileLock(f"{path}.lock", timeout=60), open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - LONGEST))
         before = file.read()
         torn = b"\n" if before and not before.endswith(b"\n") else b""  # by a power failure: it stays as it is
         last = hashlib.sha256(before.rstrip(b"\n").rpartition(b"\n")[2]).hexdigest() if before else ""
@@ -104,13 +106,10 @@ def mod(message: Message, context: Context, call_next: Callable[[Message, Contex
     except Exception as error:
         _write(str(path), entry | {"refused": type(error).__name__})
         raise
-    told = (
-        sorted({name for record in reply.content.metric_records.values() for name in record})
-        if reply.has_content()
-        else []
-    )
-    sent = digest(reply.content) if reply.has_content() else ""
-    _write(str(path), entry | {"sent": sent, "told": told, **_spent(context)})
+    content = reply.content if reply.has_content() else RecordDict()
+    told = sorted({name for record in content.metric_records.values() for name in record})
+    spent = _spent(context) if entry["kind"] == "train" else {}
+    _write(str(path), entry | {"sent": digest(content), "told": told, **spent})
     return reply
 
 
@@ -132,9 +131,9 @@ def _spent(context: Context) -> dict[str, float]:
 
 
 class Audited(Wrapper):
-    """A strategy whose messages are written down as they go and come; it stands outermost, or within ``Metered``.
+    """A strategy that writes down, for each training, what went out and what came back.
 
-    Nothing is written before :meth:`begin`.
+    It stands outermost, or within ``Metered``: hashes are of what crosses. Nothing is written before :meth:`begin`.
     """
 
     def __init__(self, strategy: Strategy) -> None:

@@ -19,7 +19,6 @@ from omegaconf import DictConfig
 from fedllm_helpers.deployment import certificates
 from fedllm_helpers.site.findings import FAULT, NOTE, OK, Finding
 
-SOON = 30  # days before a certificate's end from which it is time to renew it
 ROOM = 1_000_000_000  # bytes: checkpoints, logs and Flower's own files of a short run
 SECONDS = 10.0
 PACKAGES = ("fedllm-helpers", "flwr", "torch", "transformers", "peft", "datasets")
@@ -40,7 +39,7 @@ def versions() -> Iterator[Finding]:
 def lasting(what: str, path: str) -> Iterator[Finding]:
     """How many days a certificate lasts."""
     left = certificates.days_left(path)
-    state = FAULT if left <= 0 else NOTE if left <= SOON else OK
+    state = FAULT if left <= 0 else NOTE if left <= certificates.SOON else OK
     said = "it has expired: have it renewed" if left <= 0 else f"{left:.0f} days left"
     yield Finding(state, what, f"{path}: {said}{', time to renew it' if state == NOTE else ''}")
 
@@ -77,7 +76,7 @@ def server(host: str, port: int, authority: str) -> Iterator[Finding]:
             said = getattr(error, "verify_message", "") or error.reason or str(error)
             raise ValueError(f"{host}:{port} is reached, but its certificate does not hold here: {said}") from None
     left = (shown.not_valid_after_utc - dt.datetime.now(dt.UTC)).days
-    state = NOTE if left <= SOON else OK
+    state = NOTE if left <= certificates.SOON else OK
     yield Finding(state, "server", f"{host}:{port} answers; its certificate is the authority's, {left} days left")
     yield from _time(host, port, authority)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import yaml
 from jinja2 import Environment
+from markupsafe import Markup
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
@@ -143,8 +144,6 @@ def _html(table: pd.DataFrame, name: str) -> Any:
 
 
 def _safe(text: str) -> Any:
-    from markupsafe import Markup
-
     return Markup(text)  # of numbers and of texts that were escaped
 
 

@@ -16,7 +16,7 @@ from fedllm_helpers.adapters.wrapping import Wrapper
 from fedllm_helpers.communication import compression
 from fedllm_helpers.communication.metered import Metered
 from fedllm_helpers.grids import in_process
-from fedllm_helpers.privacy import accounting, masked_clients
+from fedllm_helpers.privacy import accounting, audit_log, masked_clients
 from fedllm_helpers.privacy.masked import Masked
 from fedllm_helpers.privacy.noised import Noised
 
@@ -302,6 +302,22 @@ def test_the_ledger_in_their_app():
     assert len(table) == 2 * 2 * NODES and set(table["kind"]) == {"train"}
     last = table[table["round"] == 2]
     assert sorted(last[["direction", "node", "bytes"]].itertuples(index=False, name=None)) == sorted(sizes.seen)
+
+
+def test_the_audit_log_in_their_app(tmp_path):
+    strategy = audit_log.Audited(compression.Compressed(plain(), up="int4"))
+    strategy.begin(tmp_path / "server", run="1", settings="")
+
+    def logged(message: Message, context: Context, call_next) -> Message:
+        context.node_config["audit"] = str(tmp_path / f"client-{context.node_config['partition-id']}")
+        return audit_log.mod(message, context, call_next)
+
+    run(strategy, [logged, compression.mod], rounds=2)
+    server = audit_log.check(tmp_path / "server")
+    clients = [entry for node in range(NODES) for entry in audit_log.check(tmp_path / f"client-{node}")]
+    for mine, theirs in (("sent", "received"), ("received", "sent")):
+        assert sorted(entry[mine] for entry in server if mine in entry) == sorted(entry[theirs] for entry in clients)
+    assert len({entry["sent"] for entry in clients}) == 2 * NODES
 
 
 def test_screening_in_their_app_lets_honest_replies_through():

@@ -6,13 +6,14 @@ import os
 import pytest
 import tiny
 
+from fedllm_helpers.communication import compression
 from fedllm_helpers.federation import chain, server_app
 from fedllm_helpers.privacy import audit_log
 
 
-def logged(tmp_path, app, **settings):
+def logged(tmp_path, app, *settings, grid=tiny.in_process.InProcessGrid):
     """A tiny federation of which server and hospital 0 keep a log."""
-    cfg = tiny.settings(*(f"{name}={value}" for name, value in settings.items()), rounds=2)
+    cfg = tiny.settings(*settings, rounds=2)
     links = chain.compose(cfg)
     links.audited.begin(tmp_path / "server.jsonl", "7", "settings")
 
@@ -21,13 +22,21 @@ def logged(tmp_path, app, **settings):
             context.node_config["audit"] = str(tmp_path / "hospital.jsonl")
         return audit_log.mod(message, context, app)
 
-    with tiny.in_process.InProcessGrid(whole, 4, {"preset": "cpu"}) as grid:
-        server_app.federate(grid, cfg, {key: value.copy() for key, value in tiny.START.items()}, chain=links)
+    with grid(whole, 4, {"preset": "cpu"}) as nodes:
+        server_app.federate(nodes, cfg, {key: value.copy() for key, value in tiny.START.items()}, chain=links)
     return [audit_log.check(tmp_path / f"{name}.jsonl") for name in ("server", "hospital")]
 
 
-def test_both_ends_have_the_same_hashes(tmp_path):
-    server, hospital = logged(tmp_path, tiny.client())
+PACKED = "federation.compression.up=int4", "federation.compression.down=int8"
+
+
+@pytest.mark.parametrize("grid", [tiny.in_process.InProcessGrid, tiny.Shuffled])  # the second packs arrays, as deployed
+@pytest.mark.parametrize("settings", [(), PACKED], ids=["whole", "compressed"])
+def test_both_ends_have_the_same_hashes(settings, grid, tmp_path):
+    def app(message, context):
+        return compression.mod(message, context, tiny.client())
+
+    server, hospital = logged(tmp_path, app, *settings, grid=grid)
     mine = [entry for entry in hospital if entry["kind"] == "train"]
     theirs = [entry for entry in server if entry["hospital"] == 0]
     assert [entry["received"] for entry in mine] == [entry["sent"] for entry in theirs if "sent" in entry]
@@ -52,7 +61,7 @@ def test_a_refusal_stands_in_it_too(tmp_path):
 def test_a_line_that_was_changed_or_taken_out_shows(place, tmp_path):
     path = tmp_path / "log"
     for number in range(4):
-        audit_log.append(path, {"round": number})
+        audit_log.append(path, {"round": number, "told": ["x" * 20_000]})  # longer together than what is read of it
     lines = path.read_text().splitlines()
     assert [entry["round"] for entry in audit_log.check(path)] == [0, 1, 2, 3]
     changed = [*lines]
