@@ -15,19 +15,35 @@ from fedllm_helpers import limits
 from fedllm_helpers.privacy import accounting
 
 logger = logging.getLogger(__name__)
-ROUND, NOISE = "round", "noise"  # kinds of entries: an order to train that was answered; a mechanism of DP-SGD
+# kinds of entries: the first; an order to train that was answered; a mechanism of DP-SGD
+BEGUN, ROUND, NOISE = "begun", "round", "noise"
+BEGIN = "`python -m fedllm_helpers.policy --begin POLICY` begins one"
 MECHANISM = ("noise_multiplier", "sample_rate", "steps")
 
 
 class Ledger:
     """A line of JSON for each round that was answered and for each mechanism that ran, oldest first.
 
+    It is begun once, by a person. One that is gone is not taken for a new one: nobody knows what was spent.
+
     Args:
-        path: of the file; it need not be there yet, its folder has to be.
+        path: of the file.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
+
+    def begin(self) -> None:
+        """Make the file, before the first round.
+
+        Raises:
+            FileExistsError: there is one, which stays as it is.
+            OSError: it cannot be made: its folder is not there, or nobody may write into it.
+        """
+        with open(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(_line({"kind": BEGUN, "run": 0}))
+            file.flush()
+            os.fsync(file.fileno())
 
     def entries(self, kind: str = "") -> list[dict[str, Any]]:
         """All entries, or those of a kind.
@@ -36,11 +52,10 @@ class Ledger:
         never left.
 
         Raises:
-            ValueError: the file is damaged: what was spent is not known, and nothing more may be.
+            ValueError: the file is missing or damaged: what was spent is not known, and nothing more may be.
         """
         try:
-            text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-            lines = text.split("\n")
+            lines = self.path.read_text(encoding="utf-8").split("\n")
             if not _whole(lines[-1]):
                 logger.warning("%s: its last line was cut off, and is passed over", self.path)
                 lines.pop()
@@ -49,6 +64,10 @@ class Ledger:
                 one["kind"], one["run"], one["time"]
                 if one["kind"] == NOISE:
                     _check(*(one[name] for name in MECHANISM))
+            if not found or found[0]["kind"] != BEGUN:
+                raise ValueError("its first line is not there")
+        except FileNotFoundError:
+            raise ValueError(f"{self.path} is missing: put it back; before the first round, {BEGIN}") from None
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise ValueError(f"{self.path} is damaged ({type(error).__name__}: {error})") from None
         return [one for one in found if kind in ("", one["kind"])]
@@ -59,9 +78,8 @@ class Ledger:
         Raises:
             OSError: they cannot be written; the file is as it was.
         """
-        moment = datetime.now(UTC).isoformat(timespec="seconds")
-        text = "".join(json.dumps({"time": moment, **entry}) + "\n" for entry in entries)
-        with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+        text = "".join(map(_line, entries))
+        with open(self.path, "r+b") as file:
             before = file.read()
             tail = before.rpartition(b"\n")[2]
             end = len(before) if _whole(tail.decode("utf-8", "replace")) else len(before) - len(tail)
@@ -91,6 +109,10 @@ class Ledger:
         for noise_multiplier, sample_rate, steps in [*before, *more]:
             total[noise_multiplier, sample_rate] = total.get((noise_multiplier, sample_rate), 0) + steps
         return accounting.composed([(*mechanism, steps) for mechanism, steps in total.items()], delta)
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), **entry}) + "\n"
 
 
 def _whole(line: str) -> bool:

@@ -1,7 +1,7 @@
 """What a hospital's policy allows, what is spent and what is left, for the people of the hospital.
 
 ``python -m fedllm_helpers.policy FILE`` prints it; ``--new FILE`` writes a policy with every key, its meaning and no
-limit, to be changed.
+limit, to be changed; ``--begin FILE`` begins the ledger of one, once.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from fedllm_helpers import folders
 from fedllm_helpers.privacy import policy
-from fedllm_helpers.privacy.ledger import ROUND, Ledger
+from fedllm_helpers.privacy.ledger import BEGIN, ROUND, Ledger
 
 
 def standing(path: str | Path) -> str:
@@ -59,17 +59,37 @@ def blank() -> str:
     return "\n".join(lines) + "\n"
 
 
+def begin(path: str | Path) -> None:
+    """Begin the ledger of a policy, before the first round.
+
+    Raises:
+        ValueError: the policy cannot be read, or its ledger is there already.
+        OSError: there is no such policy, or the ledger cannot be made.
+    """
+    ledger = Ledger(policy.load(path).ledger)
+    try:
+        ledger.begin()
+    except FileExistsError:
+        raise ValueError(f"{ledger.path} is there already, and stays as it is") from None
+
+
 def main() -> None:
     """Command line of a hospital's policy."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("file", type=Path, help="YAML, as a node is given it by --node-config policy=FILE")
-    parser.add_argument("--new", action="store_true", help="write a new one there, in which nothing is limited")
+    first = parser.add_mutually_exclusive_group()
+    first.add_argument("--new", action="store_true", help="write a new one there, in which nothing is limited")
+    first.add_argument("--begin", action="store_true", help="begin its ledger, before the first round")
     arguments = parser.parse_args()
     try:
         if arguments.new:
             if arguments.file.exists():
                 raise ValueError(f"{arguments.file} is there already, and stays as it is")
             folders.write(arguments.file, blank())
+            print(f"{arguments.file}: set your limits, and where the ledger lies; then {BEGIN}")
+            return
+        if arguments.begin:
+            begin(arguments.file)
         print(standing(arguments.file))
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -10,6 +10,7 @@ from test_pieces import far, plain, run, start_of
 from transformers import Trainer, TrainingArguments
 
 from fedllm_helpers.privacy import accounting, policy
+from fedllm_helpers.privacy.ledger import Ledger
 from fedllm_helpers.training import dp_sgd
 
 ROWS = [
@@ -131,6 +132,7 @@ def private_client(tmp_path, text, trained=True):
     app, file = ClientApp(mods=[policy.mod]), tmp_path / f"{len(list(tmp_path.iterdir()))}.yaml"
     plan = accounting.plan(len(ROWS), 4, 2, delta=0.01, noise_multiplier=1.0)
     file.write_text(text)
+    Ledger(policy.load(file).ledger).begin()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:

@@ -133,8 +133,10 @@ def test_an_app_that_workers_cannot_import_is_refused():
 
 
 PROGRAM = """
+import signal
 import sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts tests in the background has it ignored
 sys.path.insert(0, {folder!r})
 import clients
 from flwr.app import ConfigRecord, Message, RecordDict

@@ -13,7 +13,7 @@ from fedllm_helpers.adapters.records import to_record
 from fedllm_helpers.federation import client_app, server_app, simulation
 from fedllm_helpers.grids import in_process
 from fedllm_helpers.privacy import accounting, policy, promises
-from fedllm_helpers.privacy.ledger import NOISE, ROUND, Ledger
+from fedllm_helpers.privacy.ledger import BEGUN, NOISE, ROUND, Ledger
 from fedllm_helpers.site import standing
 from fedllm_helpers.training import guarantees
 
@@ -23,11 +23,13 @@ PLAN = accounting.plan(60, 12, 8, delta=1e-3, noise_multiplier=1.0)  # two round
 
 @pytest.fixture
 def file(tmp_path):
-    """Writes a policy, and returns its path."""
+    """Writes a policy, begins its ledger, and returns its path."""
 
     def write(text=""):
         path = tmp_path / "policy.yaml"
         path.write_text(text, encoding="utf-8")
+        if not path.with_suffix(".ledger").exists():
+            Ledger(path.with_suffix(".ledger")).begin()
         return path
 
     return write
@@ -99,7 +101,7 @@ def test_rounds_are_counted_over_runs_and_so_are_those_that_are_sent_again(file)
     assert statuses(first) == ["used"] * 3 and statuses(second)[:2] == ["used"] * 2
     assert "most_rounds=5, all answered" in statuses(second)[2]
     assert statuses(second, 1) == ["used"] * 3
-    assert [one["number"] for one in Ledger(path.with_suffix(".ledger")).entries()] == [1, 2, 3, 1, 2]
+    assert [one["number"] for one in Ledger(path.with_suffix(".ledger")).entries(ROUND)] == [1, 2, 3, 1, 2]
 
 
 def test_a_round_in_which_training_failed_is_not_counted(file):
@@ -329,13 +331,19 @@ def test_settings_with_masks_send_nothing_without_the_orders_of_masks():
         client_app.PROMISED(message, context, lambda *given: pytest.fail("it trained"))
 
 
+def begun(folder):
+    ledger = Ledger(folder / "mine.ledger")
+    ledger.begin()
+    return ledger
+
+
 def test_the_ledger_is_a_line_for_each_answer(tmp_path):
-    ledger = Ledger(tmp_path / "mine.ledger")
-    assert ledger.entries() == [] and ledger.epsilon(1e-5) == 0
+    ledger = begun(tmp_path)
+    assert ledger.entries(ROUND) == [] and ledger.epsilon(1e-5) == 0
     spent = {"kind": NOISE, "run": 3, "noise_multiplier": 1.0, "sample_rate": 0.1, "steps": 2}
     ledger.add({"kind": ROUND, "run": 3, "number": 1}, spent)
     lines = [json.loads(line) for line in ledger.path.read_text().splitlines()]
-    assert [one["kind"] for one in lines] == [ROUND, NOISE] and lines[0]["time"].endswith("+00:00")
+    assert [one["kind"] for one in lines] == [BEGUN, ROUND, NOISE] and lines[0]["time"].endswith("+00:00")
     assert ledger.epsilon(1e-5) == pytest.approx(accounting.composed([(1.0, 0.1, 2)], 1e-5))
     more = ledger.epsilon(1e-5, [(1.0, 0.1, 2), (2.0, 1.0, 1)])
     assert more == pytest.approx(accounting.composed([(1.0, 0.1, 4), (2.0, 1.0, 1)], 1e-5))
@@ -359,7 +367,7 @@ def test_a_new_policy_has_every_key_and_no_limit(tmp_path, monkeypatch, capsys):
     path = tmp_path / "new.yaml"
     monkeypatch.setattr("sys.argv", ["policy", "--new", str(path)])
     standing.main()
-    assert "rounds answered" in capsys.readouterr().out
+    assert "then `python -m fedllm_helpers.policy --begin POLICY` begins one" in capsys.readouterr().out
     found, blank = policy.load(path), policy.Policy()
     assert vars(found) == {**vars(blank), "ledger": str(tmp_path / "new.ledger"), "scores": True}
     assert all(one.metadata["meaning"] in path.read_text() for one in policy.fields(policy.Policy))
@@ -427,26 +435,60 @@ def test_without_losses_nothing_but_what_is_needed_leaves(file):
 
 
 def test_a_line_that_was_cut_off_is_of_an_answer_that_never_left(tmp_path, caplog):
-    ledger = Ledger(tmp_path / "mine.ledger")
+    ledger = begun(tmp_path)
     ledger.add({"kind": ROUND, "run": 1})
     whole = ledger.path.read_bytes()
-    ledger.path.write_bytes(whole + whole[: len(whole) // 2])
-    assert len(ledger.entries()) == 1 and "its last line was cut off" in caplog.text
+    line = whole.splitlines()[1]
+    ledger.path.write_bytes(whole + line[: len(line) // 2])
+    assert len(ledger.entries(ROUND)) == 1 and "its last line was cut off" in caplog.text
     ledger.add({"kind": ROUND, "run": 2})
-    assert [one["run"] for one in ledger.entries()] == [1, 2]
+    assert [one["run"] for one in ledger.entries(ROUND)] == [1, 2]
     ledger.path.write_bytes(ledger.path.read_bytes()[:-1])  # whole but for its end
     ledger.add({"kind": ROUND, "run": 3})
-    assert [one["run"] for one in ledger.entries()] == [1, 2, 3]
-    ledger.path.write_bytes(whole[: len(whole) // 2] + b"\n" + whole)
+    assert [one["run"] for one in ledger.entries(ROUND)] == [1, 2, 3]
+    ledger.path.write_bytes(whole + line[: len(line) // 2] + b"\n" + line)
     with pytest.raises(ValueError, match="is damaged"):
         ledger.entries()
+
+
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [(None, "is missing: put it back"), (9, "first line is not"), (1, "first line is not")],
+)
+def test_a_ledger_that_is_gone_is_not_taken_for_a_new_one(file, left, said, caplog):
+    path = file("most_rounds: 5")
+    ledger = Ledger(path.with_suffix(".ledger"))
+    tiny.federate(tiny.settings(rounds=2), ruled(tiny.client(), path))
+    if left is None:
+        ledger.path.unlink()
+    else:  # emptied, or without its beginning
+        ledger.path.write_bytes(b"".join(ledger.path.read_bytes().splitlines(keepends=True)[left:]))
+    before = ledger.path.read_bytes() if ledger.path.exists() else None
+    _, tables = tiny.federate(tiny.settings(rounds=1), ruled(tiny.client(), path))
+    assert "this hospital's ledger cannot be read, and so nothing leaves" in statuses(tables)[0]
+    assert said in caplog.text and statuses(tables, 1) == ["used"]
+    assert (ledger.path.read_bytes() if ledger.path.exists() else None) == before
+    with pytest.raises(ValueError, match=said):
+        standing.standing(path)
+
+
+def test_a_ledger_is_begun_once_by_command(file, tmp_path, monkeypatch, capsys):
+    path = file("most_rounds: 5\nledger: mine.ledger")
+    monkeypatch.setattr("sys.argv", ["policy", "--begin", str(path)])
+    standing.main()
+    assert "rounds answered                       5          0          5" in capsys.readouterr().out
+    Ledger(tmp_path / "mine.ledger").add({"kind": ROUND, "run": 1, "number": 1})
+    with pytest.raises(SystemExit):
+        standing.main()
+    assert "mine.ledger is there already, and stays as it is" in capsys.readouterr().err
+    assert len(Ledger(tmp_path / "mine.ledger").entries(ROUND)) == 1
 
 
 @pytest.mark.parametrize(
     "change", [{"steps": -3}, {"sample_rate": 2.0}, {"noise_multiplier": float("nan")}, {"steps": "4"}]
 )
 def test_a_mechanism_that_cannot_be_is_damage(tmp_path, change):
-    ledger = Ledger(tmp_path / "mine.ledger")
+    ledger = begun(tmp_path)
     ledger.add({"kind": NOISE, "run": 1, "noise_multiplier": 1.0, "sample_rate": 0.1, "steps": 2} | change)
     with pytest.raises(ValueError, match="is damaged"):
         ledger.epsilon(1e-5)

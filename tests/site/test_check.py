@@ -137,8 +137,12 @@ def test_a_policy_that_leaves_nothing(tmp_path, made, port, cards, capsys):
     node = NODE.format(cards) + f' policy="{path}"'
     path.write_text("most_rounds: 1\n")
     code, lines = found(capsys, *flags(made, port, cards, **{"node-config": node}), "--no-step")
+    assert code == 1 and any("policy.ledger is missing" in said for _, what, said in lines if what == "policy")
+    ledger = Ledger(tmp_path / "policy.ledger")
+    ledger.begin()
+    code, lines = found(capsys, *flags(made, port, cards, **{"node-config": node}), "--no-step")
     assert code == 0 and any("0 rounds answered" in said for _, what, said in lines if what == "policy")
-    Ledger(tmp_path / "policy.ledger").add({"kind": "round", "run": 1, "number": 1})
+    ledger.add({"kind": "round", "run": 1, "number": 1})
     code, lines = found(capsys, *flags(made, port, cards, **{"node-config": node}), "--no-step")
     assert code == 1 and any("most_rounds=1 leaves none" in said for _, what, said in lines if what == "policy")
 
