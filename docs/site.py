@@ -15,6 +15,7 @@ from sphinx.cmd.build import main as sphinx
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE, SITE = ROOT / "build" / "site-source", ROOT / "build" / "site"
+WIDE, WIDEST = 120, 130  # letters on one line beside the sidebar of a window of 1280 pixels: as set, and set smaller
 CONF = """
 project, author, copyright = {title!r}, "the authors", "the authors, Apache-2.0"
 extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx-mathjax-offline", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -24,7 +25,12 @@ nb_merge_streams = True
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 html_theme, html_title = "furo", {title!r}
+html_static_path, html_css_files, html_js_files = ["_static"], ["site.css"], [("site.js", {{"defer": "defer"}})]
+html_theme_options = {{"top_of_page_buttons": [], "light_css_variables": {{"code-font-size": "80%"}}}}
+html_use_index = html_domain_indices = False
+templates_path = ["_templates"]
 """
+SEARCH = """{% extends "!search.html" %}{% block content %}<h1>Search</h1>{{ super() }}{% endblock %}"""
 INDEX = """
 # {title}
 
@@ -85,17 +91,39 @@ def names() -> str:
 
 
 def described(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The notebook with the alternative text of each picture where MyST-NB looks for it: in the cell's metadata."""
+    """The notebook as its page wants it.
+
+    The alternative text of a picture goes where MyST-NB looks for it, a picture from elsewhere gives way to its words,
+    what a cell has printed is tagged by its shape, and the corner of a table is no heading without words.
+    """
     for cell in notebook.cells:
-        texts = [out.get("metadata", {}).get("image/png", {}).get("alt") for out in cell.get("outputs", [])]
+        outputs = cell.get("outputs", [])
+        texts = [out.get("metadata", {}).get("image/png", {}).get("alt") for out in outputs]
         if any(texts):
             cell.metadata["mystnb"] = {"image": {"alt": " ".join(filter(None, texts))}}
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"!\[([^]]*)\]\(https?://[^)]*\)", r"\1", cell.source)
+        shown = [out.get("text", out.get("data", {}).get("text/plain", "")) for out in outputs]
+        cell.metadata["tags"] = cell.metadata.get("tags", []) + shapes(shown)
+        for out in outputs:
+            if "text/html" in out.get("data", {}):
+                out.data["text/html"] = out.data["text/html"].replace("<th></th>", "<td></td>")
     return notebook
+
+
+def shapes(shown: list[str]) -> list[str]:
+    """How texts are to be set: ``words`` may be wrapped, columns and bars may not, and these may be ``wide``."""
+    lines = [line for line in "\n".join(shown).splitlines() if line.strip() and "%|" not in line]
+    longest, aligned = max(map(len, lines), default=0), sum(bool(re.search(r"\S {2,}\S", line)) for line in lines)
+    if 2 * aligned < len(lines) or longest > WIDEST:
+        return ["words"]
+    return ["wide"] * (longest > WIDE)
 
 
 def main() -> int:
     """Assemble the sources, build, and return Sphinx's exit code; a warning is an error."""
-    shutil.rmtree(SOURCE, ignore_errors=True)
+    for folder in (SOURCE, SITE):
+        shutil.rmtree(folder, ignore_errors=True)
     SOURCE.mkdir(parents=True)
     notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
     for path in notebooks:
@@ -105,6 +133,11 @@ def main() -> int:
     (SOURCE / "teaching").mkdir()
     for path in (ROOT / "docs" / "teaching").glob("*.md"):
         shutil.copy(path, SOURCE / "teaching")
+    (SOURCE / "_static").mkdir()
+    for name in ("site.css", "site.js"):
+        shutil.copy(ROOT / "docs" / name, SOURCE / "_static")
+    (SOURCE / "_templates").mkdir()
+    (SOURCE / "_templates" / "search.html").write_text(SEARCH, encoding="utf-8")
     (SOURCE / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "results.png", SOURCE / "docs")  # README's figure, at README's address
     title, rest = (ROOT / "README.md").read_text(encoding="utf-8").removeprefix("# ").split("\n", 1)

@@ -1,5 +1,7 @@
 """Shared parts: the real embedded model, real cards, and a folder of real rows where it is at hand."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from families import make
 from fedllm_helpers import config, data, models
 
 WIKIDOC = Path(__file__).resolve().parents[2] / "shared" / "data" / "wikidoc_patient_information.json"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +63,15 @@ def folder_of(tmp_path_factory):
         return made[family]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window, from the system: $CHROMIUM or the first of the usual names."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the extra `browser` is not installed")
+    program = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    assert program, f"no browser: install one of {', '.join(BROWSERS)}, or set CHROMIUM to its path"
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()

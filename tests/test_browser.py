@@ -1,7 +1,6 @@
 """Every notebook in JupyterLab, in a real browser: `make test-browser`, half an hour; screenshots in build/browser."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -16,7 +15,6 @@ pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SHOTS = ROOT / "build" / "browser"
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # all cells stay in the page, or those out of sight could not be looked at; and nothing is asked of anyone
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},
@@ -34,18 +32,6 @@ STATE = """() => {
         bars: bars.flatMap(text => text.match(/ \\d+%\\|/g) ?? []).map(bar => parseInt(bar)),
     };
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium without a window, from the system: $CHROMIUM or the first of the usual names."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="the extra `browser` is not installed")
-    program = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-    assert program, f"no browser: install one of {', '.join(NAMES)}, or set CHROMIUM to its path"
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")

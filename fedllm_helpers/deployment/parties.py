@@ -16,7 +16,7 @@ from fedllm_helpers.deployment import watchdog
 SERVER, LOOPBACK, CONNECTION = "server", "127.0.0.1", "trial"
 COLOURS, TELLING = re.compile(r"\x1b\[[\d;]*m"), re.compile(r"error|refused|invalid|expired|fail|denied", re.IGNORECASE)
 REASONS = {  # what Flower does not say
-    "code: 2004": "its key is not registered with the server, or another node with it is taken for alive",
+    "code: 2004": "its key is not registered with the server, or another node with this key still counts as online",
     "Connection attempt failed": "no answer: nobody listens there, or only TLS is spoken and this is plain text",
 }
 

@@ -150,7 +150,7 @@ def _is_plain(running, name):
     ("name", "words"),
     [
         ("stranger", "key is not registered"),
-        ("twin", "another node with it is taken for alive"),
+        ("twin", "another node with this key still counts as online"),
         ("misled", "certificate verify failed"),
         ("plain", "only TLS is spoken and this is plain text"),
         ("keyless", "does not point to a file|No such file"),
