@@ -2,7 +2,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: run test test-processes test-colab test-browser test-gpu lab bench lint badges site slides class
+.PHONY: run test test-processes test-colab test-browser test-gpu test-machines lab bench bench-network lint badges site slides pages class
 
 run: .venv/ready
 	@$(BIN)/python notebooks/run.py
@@ -18,16 +18,22 @@ test-colab: .venv/ready
 
 test-browser: .venv/ready
 	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[browser]"
-	@$(BIN)/python -m pytest tests/test_browser.py -m browser
+	@$(BIN)/python -m pytest tests/test_pages.py tests/test_browser.py -m browser
 
 test-gpu: .venv/ready
 	@$(BIN)/python -m pytest tests/test_gpu.py -m gpu -s
+
+test-machines: .venv/ready
+	@$(BIN)/python tests/hosts/machines.py -m pytest tests/hosts/test_machines.py -m machines -s
 
 lab: .venv/ready
 	@$(BIN)/jupyter lab notebooks
 
 bench: .venv/ready
 	@for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+bench-network: .venv/ready
+	@$(BIN)/python tests/hosts/machines.py tests/hosts/network.py
 
 lint: .venv/ready
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -37,6 +43,9 @@ site: .venv/ready
 
 slides: .venv/ready
 	@$(BIN)/python docs/teaching/decks.py
+
+pages: site slides
+	@rm -rf build/site/slides && cp -r build/slides build/site/slides
 
 class: .venv/teaching
 	@$(BIN)/python docs/teaching/bundle.py

