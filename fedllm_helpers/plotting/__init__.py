@@ -3,7 +3,7 @@
 from fedllm_helpers.plotting.aggregation import core, cross_terms, errors_by_layer, rules, two_means
 from fedllm_helpers.plotting.comparisons import budgets, cost_to_target, differences, families, lines
 from fedllm_helpers.plotting.defences import dropped_mask, one_card, who_sees_what
-from fedllm_helpers.plotting.deployment import machines
+from fedllm_helpers.plotting.deployment import machines, on_lines
 from fedllm_helpers.plotting.diagrams import levels, lora_update, next_token, pooled_training, tokens, two_questions
 from fedllm_helpers.plotting.federations import data_routes, federation, flower_apps, moves, one_round, wall
 from fedllm_helpers.plotting.figures import by_round, byte_sizes, curves, frontier, heat_maps, intervals, losses, pairs
@@ -36,6 +36,7 @@ __all__ = [
     "moves",
     "next_token",
     "one_card",
+    "on_lines",
     "one_round",
     "pairs",
     "pooled_training",

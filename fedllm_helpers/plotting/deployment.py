@@ -1,12 +1,15 @@
-"""The figure and the drawing of notebook 06."""
+"""Figures of deployed federations, for notebooks 06 and 07, and the drawing of 06."""
+
+import itertools
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from fedllm_helpers.plotting import sketch
-from fedllm_helpers.plotting.figures import STYLE
+from fedllm_helpers.plotting.figures import STYLE, plain_ticks
 from fedllm_helpers.plotting.sketch import arrow, box, note
 
 
@@ -32,6 +35,31 @@ def stacked(table: pd.DataFrame, xlabel: str, title: str) -> Figure:
         axes.invert_yaxis()
         axes.set(xlabel=xlabel, title=title)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.55), ncols=len(table.columns), frameon=False)
+    return figure
+
+
+def on_lines(table: pd.DataFrame, title: str) -> Figure:
+    """What a round takes over lines of some rates: a line with marks for each thing sent, its formula dashed.
+
+    Args:
+        table: columns ``sent`` (a name), ``megabits`` (a second, each way), ``seconds`` and ``formula`` (seconds of the
+            transfers alone), above 0; each name stands at its last point.
+        title: of the figure.
+    """
+    looks = itertools.cycle(zip(("#1f4e8c", "#e08214", "#1b8a5a", "#b2479a"), "Ds^P", strict=True))
+    with plt.style.context(STYLE):
+        figure, axes = plt.subplots(figsize=(8.4, 4.0))
+        for (name, part), (colour, mark) in zip(table.groupby("sent", sort=False), looks, strict=False):
+            axes.plot(part["megabits"], part["seconds"], color=colour, marker=mark, label=name)
+            axes.plot(
+                part["megabits"], part["formula"], color=colour, linestyle="--", linewidth=1, label=f"{name}, formula"
+            )
+        axes.set(xscale="log", yscale="log", title=title)
+        axes.set(xlabel="a hospital's line, each way (Mbit/s)", ylabel="seconds of a round")
+        plain_ticks(axes)
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.grid(which="minor", visible=False)
+        figure.legend(loc="outside right upper")
     return figure
 
 

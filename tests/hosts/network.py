@@ -50,7 +50,7 @@ def main() -> None:
             fed.run(f"{len(rows)}-first", *settings.split())  # afterwards every hospital holds the model
             rows += [measured(fed, rate, sent) for rate in RATES]
     table = pd.DataFrame(rows).sort_values(["sent", "megabits"])
-    table["formula"] = (8e-6 * (table["bytes_up"] + table["bytes_down"]) / table["rounds"] / table["megabits"]).round(2)
+    table["formula"] = (8e-6 * (table["bytes_up"] + table["bytes_down"]) / table["rounds"] / table["megabits"]).round(4)
     print(table.to_string(index=False))
     table.to_csv(folder / "network.csv", index=False)
     cfg = config.load("cpu", *federations.SETTINGS.split())

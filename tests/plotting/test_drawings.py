@@ -278,6 +278,14 @@ TOLD = [  # what is drawn, and what its words hold
         ["a: (0.05, 3), (0.1, 2.5)", "b: (2, 2.6)", "dashed at 2.55: the target"],
     ),
     (
+        "on_lines",
+        lambda: plotting.on_lines(
+            pd.DataFrame({"sent": ["a", "a"], "megabits": [2, 20], "seconds": [46.0, 10.8], "formula": [29.7, 2.97]}),
+            "t",
+        ),
+        ["a: (2, 46), (20, 10.8)", "a, formula: (2, 29.7), (20, 2.97)"],
+    ),
+    (
         "bill",
         lambda: privacy.bill(ROWS.assign(measure="bits"), {}, "t"),
         ["x: bits. eye: 3.1 from 3.05 to 3.3. ear: 2.4 from 2.2 to 2.5"],
