@@ -1,10 +1,16 @@
-"""Checks of the exercises in code of notebooks 05a and 05b, as in :mod:`exercises`."""
+"""Checks of the exercises in code of notebooks 05a, 05b and 06, as in :mod:`exercises`."""
 
 from collections.abc import Callable
 
 import numpy as np
+from flwr.app import Context, Message, RecordDict
 
+from fedllm_helpers.grids.in_process import InProcessGrid
 from fedllm_helpers.study.exercises import OPEN, RIGHT
+
+# of a run with two hospitals: who is asked, for what, and whether an answer is right
+ORDERS = ((0, "train", True), (1, "train", True), (0, "query", True), (0, "train", True), (0, "train", False))
+ORDERS += ((1, "train", True), (1, "train", False), (0, "query", True))
 
 
 def shadow_models(score: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] | None) -> str:
@@ -60,3 +66,35 @@ def clipped_by_patient(total: Callable[[np.ndarray, np.ndarray, float], np.ndarr
     means = np.array([gradients[patients == one].mean(axis=0) for one in np.unique(patients)])
     wanted = (means * np.minimum(1, limit / np.linalg.norm(means, axis=1, keepdims=True))).sum(axis=0)
     return RIGHT if np.allclose(found, wanted) else "not yet: nobody moves it too far, but it is another sum"
+
+
+def two_rounds_at_most(mod: Callable[[Message, Context, Callable], Message] | None) -> str:
+    """A client mod by which a hospital answers two orders to train of a run, and no third. Exercise of notebook 06.
+
+    Args:
+        mod: from a message, the hospital's context and what would be called next, to the reply; it raises to refuse.
+
+    Returns:
+        ``right``, or in one line what is not right yet.
+    """
+    if mod is None:
+        return OPEN
+    trained: list[int] = []
+
+    def next_(message: Message, context: Context) -> Message:
+        """What stands behind the mod."""
+        if message.metadata.message_type == "train":
+            trained.append(message.metadata.dst_node_id)
+        return Message(RecordDict(), reply_to=message)
+
+    for run in (1, 2):  # the second one knows nothing of the first
+        with InProcessGrid(lambda message, context: mod(message, context, next_), 2, {}) as grid:
+            nodes = list(grid.get_node_ids())
+            for number, (hospital, kind, right) in enumerate(ORDERS, 1):
+                before, asked = len(trained), f"order {number} of run {run}, a {kind} for hospital {hospital}"
+                (reply,) = grid.send_and_receive([Message(RecordDict(), nodes[hospital], kind)])
+                if not right and len(trained) > before:
+                    return f"not yet: {asked}, is the third, and is trained all the same"
+                if reply.has_error() == right:
+                    return f"not yet: {asked}, is {'refused' if right else 'answered'}; each hospital counts its own"
+    return RIGHT

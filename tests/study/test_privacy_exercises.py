@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from flwr.app import ConfigRecord
 
 from fedllm_helpers.study import privacy_exercises
 
@@ -65,5 +66,46 @@ def test_a_sum_that_one_patient_moves_by_no_more_than_the_clip(slip, says):
     assert says in privacy_exercises.clipped_by_patient(patients(slip))
 
 
+def two_at_most(slip=""):
+    """The solution of notebook 06; ``slip`` names what is wrong with it."""
+    everywhere = {}
+
+    def mod(message, context, call_next):
+        if message.metadata.message_type != "train" and slip != "all kinds":
+            return call_next(message, context)
+        place = {"global": "all", "by node": message.metadata.dst_node_id}.get(slip)
+        kept = context.state.config_records.get("answered", ConfigRecord({"times": 0}))
+        times = kept["times"] if place is None else everywhere.get(place, 0)
+        if slip == "late":
+            call_next(message, context)
+        if times >= (3 if slip == "three" else 2):
+            raise RuntimeError("this hospital has answered twice, and does so no more")
+        everywhere[place] = times + 1
+        context.state["answered"] = ConfigRecord({"times": times + 1})
+        return call_next(message, context)
+
+    return mod
+
+
+@pytest.mark.parametrize(
+    ("slip", "says"),
+    [
+        ("", "right"),
+        ("global", "order 4 of run 1, a train for hospital 0, is refused"),
+        ("by node", "order 1 of run 2, a train for hospital 0, is refused"),
+        ("all kinds", "order 4 of run 1, a train for hospital 0, is refused"),
+        ("three", "order 5 of run 1, a train for hospital 0, is the third, and is trained"),
+        ("late", "order 5 of run 1, a train for hospital 0, is the third, and is trained"),
+    ],
+)
+def test_a_hospital_that_answers_twice(slip, says):
+    assert says in privacy_exercises.two_rounds_at_most(two_at_most(slip))
+
+
 def test_what_is_not_answered_is_said_so():
-    assert {privacy_exercises.shadow_models(None), privacy_exercises.clipped_by_patient(None)} == {"not answered yet"}
+    checks = (
+        privacy_exercises.shadow_models,
+        privacy_exercises.clipped_by_patient,
+        privacy_exercises.two_rounds_at_most,
+    )
+    assert {check(None) for check in checks} == {"not answered yet"}
