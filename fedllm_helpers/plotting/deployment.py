@@ -43,7 +43,7 @@ def on_lines(table: pd.DataFrame, title: str) -> Figure:
 
     Args:
         table: columns ``sent`` (a name), ``megabits`` (a second, each way), ``seconds`` and ``formula`` (seconds of the
-            transfers alone), above 0; each name stands at its last point.
+            transfers alone), above 0.
         title: of the figure.
     """
     looks = itertools.cycle(zip(("#1f4e8c", "#e08214", "#1b8a5a", "#b2479a"), "Ds^P", strict=True))

@@ -129,7 +129,7 @@ class Federation:
         """A digest of the adapter that a run made."""
         return self.server.does(f"sha256sum {RUNS}/{name}/adapter/adapter_model.safetensors").split()[0]
 
-    def status(self, name: str = "") -> list[str]:
+    def status(self) -> list[str]:
         """How each run ended, the latest first."""
         told = self.server.does(PREPARED + "flwr list trial --format json 2>/dev/null")
         return [run["status"] for run in json.loads(told[told.index("{") :])["runs"]]

@@ -21,7 +21,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("systemd-nspawn", "systemctl", "nginx", "sudo", "ip", "tc", "nsenter", "setpriv", "script", "ssh-keygen")
 SERVER, NAME, NETWORK = "192.0.2.10", "fed.example.org", "192.0.2.{}/24"  # the addresses of the documents
-HIDDEN = ("/work", "/tmp", "/root", "/home")  # of this machine, and none of theirs
+HIDDEN = ("/tmp", "/root", "/home", str(ROOT))  # of this machine, and none of theirs
 CLEAN = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8", "TERM": "dumb"}
 
 

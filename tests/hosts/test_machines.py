@@ -1,5 +1,6 @@
 """Three booted machines, by the documents alone, and what may go wrong between them: `make test-machines`, as root."""
 
+import hashlib
 import shutil
 import time
 from contextlib import contextmanager
@@ -8,6 +9,9 @@ import federations
 import machines
 import pytest
 from federations import RUNS, commands
+
+from fedllm_helpers import config
+from fedllm_helpers.federation import simulation
 
 pytestmark = [
     pytest.mark.machines,
@@ -26,10 +30,11 @@ def fed():
 
 
 @pytest.fixture(scope="module")
-def right(fed):
-    """The adapter when nothing went wrong."""
-    fed.run("undisturbed", LONG)
-    return fed.adapter("undisturbed")
+def right(tmp_path_factory):
+    """A digest of the adapter that the same settings give in this process."""
+    folder = tmp_path_factory.mktemp("here")
+    simulation.run(config.load("cpu", *federations.SETTINGS.split(), LONG), folder=folder, progress=False)
+    return hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 @pytest.fixture(autouse=True)
@@ -72,11 +77,19 @@ def end(run, seconds=900):
     return said
 
 
-def test_bare_machines_come_to_a_round_by_the_documents_alone(fed, right):
+def out_for(fed, seconds):
+    """One hospital's cable, out and in again."""
+    fed.lines.pull("h1", out=True)
+    time.sleep(seconds)
+    fed.lines.pull("h1", out=False)
+
+
+def test_bare_machines_come_to_the_same_adapter_by_the_documents_alone(fed, right):
     typed = [(machine, command) for machine, command, _ in fed.steps if "supernode list" not in command]
     seconds = sum(took for *_, took in fed.steps)
     print(f"{len(typed)} commands on three machines, {seconds:.0f} s until every hospital is online")
-    history, clients = fed.tables("undisturbed")
+    fed.run("undisturbed", LONG)
+    _, clients = fed.tables("undisturbed")
     assert clients["status"].tolist() == ["used"] * 4 and fed.status()[0] == "finished:completed"
     assert fed.adapter("undisturbed") == right and len(typed) < 40
 
@@ -102,18 +115,14 @@ def test_the_check_before_the_day_finds_the_machines_ready(fed):
 @pytest.mark.parametrize("seconds", [10, 30])
 def test_a_link_that_is_down_in_training(fed, right, seconds):
     run = begin(fed, f"down{seconds}")
-    fed.lines.pull("h1", out=True)
-    time.sleep(seconds)
-    fed.lines.pull("h1", out=False)
+    out_for(fed, seconds)
     end(run)
     assert fed.adapter(f"down{seconds}") == right
 
 
 def test_a_link_that_is_down_for_longer_than_a_node_is_remembered(fed, right):
     run = begin(fed, "down75")
-    fed.lines.pull("h1", out=True)
-    time.sleep(75)
-    fed.lines.pull("h1", out=False)
+    out_for(fed, 75)
     said = end(run)
     _, clients = fed.tables("down75")
     assert fed.status()[0].startswith("finished") and len(clients) >= 4, said
@@ -123,9 +132,8 @@ def test_a_link_that_is_down_for_longer_than_a_node_is_remembered(fed, right):
 def test_a_link_that_comes_and_goes(fed, right):
     run = begin(fed, "flapping")
     for _ in range(5):
-        for out in (True, False):
-            fed.lines.pull("h1", out=out)
-            time.sleep(2)
+        out_for(fed, 2)
+        time.sleep(2)
     end(run)
     assert fed.adapter("flapping") == right
 
@@ -136,9 +144,7 @@ def test_a_link_that_is_down_in_an_upload(fed, right, seconds):
     run = begin(fed, f"upload{seconds}")
     sent = fed.lines.bytes("h1")[0]
     until(lambda: fed.lines.bytes("h1")[0] > sent + 500_000, "an upload")
-    fed.lines.pull("h1", out=True)
-    time.sleep(seconds)
-    fed.lines.pull("h1", out=False)
+    out_for(fed, seconds)
     end(run)
     assert fed.adapter(f"upload{seconds}") == right
 
