@@ -28,7 +28,7 @@ from fedllm_helpers.federation.nodes import Answers, hospitals, join
 from fedllm_helpers.federation.provenance import fingerprint, provenance
 from fedllm_helpers.federation.rounds import Federation, run_round
 from fedllm_helpers.federation.tables import Tables, bar, numbers, report
-from fedllm_helpers.grids.in_process import quiet_flower
+from fedllm_helpers.grids.in_process import own_errors_in_a_line, quiet_flower
 from fedllm_helpers.models import cores, editing
 from fedllm_helpers.models.process import base_model, cpu_threads, first_adapter
 from fedllm_helpers.privacy import audit_log, noise
@@ -55,6 +55,7 @@ class Options:
 
 
 @app.main()
+@own_errors_in_a_line()
 def main(grid: Grid, context: Context) -> None:
     """Run a federation from a run's settings; the result goes into ``context.state`` and, with a folder, to disk.
 

@@ -208,3 +208,22 @@ def quiet_flower() -> Iterator[None]:
     finally:
         logger.setLevel(before)
         logger.removeFilter(wanted)
+
+
+@contextlib.contextmanager
+def own_errors_in_a_line() -> Iterator[None]:
+    """Flower logs the trace of whatever ends a ServerApp: of what this package says itself, the line is enough."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        last = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+        error.said_in_a_line = last.f_globals["__name__"].startswith("fedllm_helpers.")
+        logging.getLogger("flwr").addFilter(_bare)  # once, however often
+        raise
+
+
+def _bare(record: logging.LogRecord) -> bool:
+    """Flower's record of such an error, as a line."""
+    if record.exc_info and getattr(record.exc_info[1], "said_in_a_line", False):
+        record.msg, record.args, record.exc_info = "The run ends: %s", (record.exc_info[1],), None
+    return True

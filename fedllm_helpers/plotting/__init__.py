@@ -1,6 +1,7 @@
 """Every figure of the course, drawn from plain tables, and every drawing; it imports no other room."""
 
 from fedllm_helpers.plotting.aggregation import core, cross_terms, errors_by_layer, rules, two_means
+from fedllm_helpers.plotting.analysis import card_by_card, smaller_messages
 from fedllm_helpers.plotting.comparisons import budgets, cost_to_target, differences, families, lines
 from fedllm_helpers.plotting.defences import dropped_mask, one_card, who_sees_what
 from fedllm_helpers.plotting.deployment import machines, on_lines
@@ -13,6 +14,7 @@ __all__ = [
     "budgets",
     "by_round",
     "byte_sizes",
+    "card_by_card",
     "core",
     "cost_to_target",
     "cross_terms",
@@ -42,6 +44,7 @@ __all__ = [
     "pooled_training",
     "rules",
     "show",
+    "smaller_messages",
     "tokens",
     "two_means",
     "two_questions",

@@ -21,6 +21,7 @@ from fedllm_helpers.site.findings import FAULT, NOTE, OK, Finding
 
 ROOM = 1_000_000_000  # bytes: checkpoints, logs and Flower's own files of a short run
 SECONDS = 10.0
+OF_TIME = 9, 10  # what OpenSSL calls a certificate that is not valid yet, and one that has expired
 PACKAGES = ("fedllm-helpers", "flwr", "torch", "transformers", "peft", "datasets")
 
 
@@ -74,6 +75,8 @@ def server(host: str, port: int, authority: str) -> Iterator[Finding]:
                 shown = x509.load_der_x509_certificate(safe.getpeercert(binary_form=True))
         except ssl.SSLError as error:
             said = getattr(error, "verify_message", "") or error.reason or str(error)
+            if getattr(error, "verify_code", 0) in OF_TIME:
+                said += f", or this machine's clock is wrong: it says {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC"
             raise ValueError(f"{host}:{port} is reached, but its certificate does not hold here: {said}") from None
     left = (shown.not_valid_after_utc - dt.datetime.now(dt.UTC)).days
     state = NOTE if left <= certificates.SOON else OK

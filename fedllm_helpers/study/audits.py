@@ -1,10 +1,9 @@
-"""Every attack on every defence: cards with canaries, an attacked adapter, the grid of notebooks 05a and 05b."""
+"""Every attack on every defence: cards with canaries, and the grid of notebooks 05a and 05b."""
 
 import itertools
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,10 +11,9 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 from omegaconf import DictConfig
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
 
-from fedllm_helpers import attacks, config, data, evaluation, folders, models
+from fedllm_helpers import attacks, config, data, folders, models
+from fedllm_helpers.attacks.battery import Audit, audit
 from fedllm_helpers.federation.provenance import fingerprint, provenance
 from fedllm_helpers.models.process import base_model
 from fedllm_helpers.study.arms import KEPT, keep, kept, key_of, pool, run_all, train_arm
@@ -54,27 +52,6 @@ PRIVACY = {
 }
 
 
-@dataclass(frozen=True)
-class Audit:
-    """What attacks found in one adapter.
-
-    Attributes:
-        nll, tokens, min_k, min_k_plus: per card, members first: summed nats, answer tokens, Min-K% and Min-K%++.
-        likelihood: log p of each canary's 1000 candidates, of shape (canaries, 1000).
-        exposure, extracted: per canary.
-        seconds: of training.
-    """
-
-    nll: np.ndarray
-    tokens: np.ndarray
-    min_k: np.ndarray
-    min_k_plus: np.ndarray
-    likelihood: np.ndarray
-    exposure: np.ndarray
-    extracted: np.ndarray
-    seconds: float
-
-
 def stage(
     cfg: DictConfig, folder: Path, *, copies: Sequence[int] = COPIES, each: int = 1, victim: str = VICTIM
 ) -> tuple[DictConfig, Dataset, Dataset, list[attacks.Canary]]:
@@ -95,60 +72,6 @@ def stage(
     folders.write(path, json.dumps(attacks.plant(members, planted, victim, cfg.seed).to_list()))
     whole = [*data.WHOLE_FILE, "train.evaluate_split=false"]
     return config.load(cfg, f"dataset.name={path}", *whole), members, others, planted
-
-
-def audit(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    members: Dataset,
-    others: Dataset,
-    planted: Sequence[attacks.Canary],
-    cfg: DictConfig,
-    *,
-    seconds: float = 0.0,
-) -> Audit:
-    """Every attack on the adapter that is in the model. Taught in notebook 05a.
-
-    Args:
-        model, tokenizer: attacked; the attacker may ask for the likelihood of any text.
-        members, others: cards trained on, and held out by the same split.
-        planted: canaries.
-        cfg: its ``dataset.prompt`` and ``train.seq_length``, as in training.
-        seconds: to be noted.
-    """
-    cards = [evaluation.token_scores(model, tokenizer, part, cfg) for part in (members, others)]
-    losses, standing = ([values for part in parts for values in part] for parts in zip(*cards, strict=True))
-    likelihood = [attacks.candidates(model, tokenizer, canary, cfg) for canary in planted]
-    return Audit(
-        np.array([loss.sum() for loss in losses]),
-        np.array([len(loss) for loss in losses]),
-        attacks.scores(losses, attack="min-k"),
-        attacks.smallest(standing),
-        np.array(likelihood, dtype=np.float32),
-        np.array([attacks.exposure(*given) for given in zip(likelihood, planted, strict=True)]),
-        np.array([attacks.extracted(model, tokenizer, canary, cfg) for canary in planted]),
-        seconds,
-    )
-
-
-def calibrated(found: Audit, reference: Audit, planted: Sequence[attacks.Canary]) -> np.ndarray:
-    """Exposure of each canary by what its candidates gained beyond the reference, in bits."""
-    given = zip(found.likelihood, planted, reference.likelihood, strict=True)
-    return np.array([attacks.exposure(*one) for one in given])
-
-
-def areas(found: Audit, reference: Audit, members: int) -> dict[str, attacks.Roc]:
-    """The membership attacks on an audited adapter, by name.
-
-    Args:
-        found: of the adapter.
-        reference: of the untuned one.
-        members: how many of the cards were trained on; they come first.
-    """
-    mean, other = found.nll / found.tokens, reference.nll / reference.tokens
-    scores = {"loss": -mean, "ratio": -mean / np.maximum(other, 1e-6), "difference": reference.nll - found.nll}
-    scores |= {"min-k": found.min_k, "min-k++": found.min_k_plus}
-    return {attack: attacks.membership(score[:members], score[members:]) for attack, score in scores.items()}
 
 
 def audit_arm(cfg: DictConfig, arm: str, rate: float, each: int, folder: Path = KEPT) -> Audit:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from fedllm_helpers import config, folders
 from fedllm_helpers.federation.provenance import fingerprint, provenance
 from fedllm_helpers.study.arms import KEPT, pool, run_all, tuning_config
-from fedllm_helpers.study.lab import ROUNDS, SETTINGS, card_rows, run_arm
+from fedllm_helpers.study.lab import ROUNDS, SETTINGS, card_rows, chosen, run_arm, search
 
 LORA_RATE, CORE_RATE = 8e-3, 0.128
 PARTITIONS = ("specialty", "iid")
@@ -63,32 +63,13 @@ def settings(cfg: DictConfig, arm: str, seed: int = 0, where: str = PARTITIONS[0
 
 
 def tune(cfg: DictConfig, workers: ProcessPoolExecutor) -> pd.DataFrame:
-    """Rates of each kind, by held-out training cards of seed 0, by specialty, until the best lies between worse ones.
-
-    Returns:
-        ``kind``, ``learning_rate``, ``nll`` per token and ``n`` cards: a row for each rate tried, each twice the last.
-    """
-    tuning, rows = tuning_config(cfg, KEPT), []
-    wanted = {(kind, guess(kind) * part) for kind in KINDS for part in (0.5, 1, 2)}
-    while wanted:
-        jobs = {(kind, rate): partial(run_arm, settings(tuning, kind), rate) for kind, rate in sorted(wanted)}
-        for (kind, rate), found in run_all(workers, jobs, "rates"):
-            rows.append((kind, rate, found["nll"].sum() / found["tokens"].sum(), len(found["nll"])))
-        table = pd.DataFrame(rows, columns=["kind", "learning_rate", "nll", "n"])
-        wanted = {further for kind, tried in table.groupby("kind") if (further := _further(kind, tried))}
-    return table.sort_values(["kind", "learning_rate"]).round(4)
-
-
-def _further(kind: str, tried: pd.DataFrame) -> tuple[str, float] | None:
-    best, rates = tried.loc[tried["nll"].idxmin(), "learning_rate"], tried["learning_rate"]
-    if best == rates.max():
-        return kind, 2 * best
-    return (kind, best / 2) if best == rates.min() else None
-
-
-def chosen(table: pd.DataFrame) -> dict[str, float]:
-    """The best rate of each kind of :func:`tune`."""
-    return table.loc[table.groupby("kind")["nll"].idxmin()].set_index("kind")["learning_rate"].to_dict()
+    """Rates of each kind, by held-out training cards of seed 0, by specialty: a table of :func:`lab.search`."""
+    tuning = tuning_config(cfg, KEPT)
+    return search(
+        workers,
+        lambda kind, rate: partial(run_arm, settings(tuning, kind), rate),
+        {kind: guess(kind) for kind in KINDS},
+    )
 
 
 def frontier_grid(seeds: list[int], folder: Path, processes: int) -> None:

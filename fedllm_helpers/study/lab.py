@@ -3,6 +3,7 @@
 import itertools
 import json
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -78,6 +79,40 @@ def score(cfg: DictConfig, record: simulation.FederatedRecord) -> AnswerScores:
         order = [by_id[card] for card in ids[place]]
         nll[place], tokens[place] = some.nll[order], some.tokens[order]
     return AnswerScores(nll, tokens)
+
+
+def search(
+    workers: ProcessPoolExecutor, job: Callable[[str, float], Callable], guesses: dict[str, float]
+) -> pd.DataFrame:
+    """Try rates for each kind, a half, the whole and twice of a guess, until the best lies between worse ones.
+
+    Args:
+        workers: that train at the same time.
+        job: of a kind and a rate; what it gives back has ``nll`` and ``tokens``, as that of :func:`run_arm`.
+        guesses: where the search for a kind's rate begins.
+
+    Returns:
+        ``kind``, ``learning_rate``, ``nll`` per token and ``n`` cards: a row for each rate tried, each twice the last.
+    """
+    rows, wanted = [], {(kind, guess * part) for kind, guess in guesses.items() for part in (0.5, 1, 2)}
+    while wanted:
+        for (kind, rate), found in run_all(workers, {key: job(*key) for key in sorted(wanted)}, "rates"):
+            rows.append((kind, rate, found["nll"].sum() / found["tokens"].sum(), len(found["nll"])))
+        table = pd.DataFrame(rows, columns=["kind", "learning_rate", "nll", "n"])
+        wanted = {further for kind, tried in table.groupby("kind") if (further := _further(kind, tried))}
+    return table.sort_values(["kind", "learning_rate"]).round({"nll": 4})
+
+
+def _further(kind: str, tried: pd.DataFrame) -> tuple[str, float] | None:
+    best, rates = tried.loc[tried["nll"].idxmin(), "learning_rate"], tried["learning_rate"]
+    if best == rates.max():
+        return kind, 2 * best
+    return (kind, best / 2) if best == rates.min() else None
+
+
+def chosen(table: pd.DataFrame) -> dict[str, float]:
+    """The best rate of each kind of :func:`search`."""
+    return table.loc[table.groupby("kind")["nll"].idxmin()].set_index("kind")["learning_rate"].to_dict()
 
 
 def tune(cfg: DictConfig, workers: ProcessPoolExecutor, path: Path) -> dict[str, float]:

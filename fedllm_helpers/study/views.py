@@ -17,13 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 from fedllm_helpers import attacks, config, folders, models
 from fedllm_helpers.adapters.records import Adapter, from_record, to_record
 from fedllm_helpers.adapters.screening import complaint
+from fedllm_helpers.attacks.battery import Audit, audit
 from fedllm_helpers.federation import client_app
 from fedllm_helpers.federation.provenance import fingerprint, provenance
 from fedllm_helpers.grids import in_process
 from fedllm_helpers.models.process import base_model, first_adapter
 from fedllm_helpers.privacy import secure_aggregation as secure
 from fedllm_helpers.study.arms import KEPT, key_of, pool, run_all
-from fedllm_helpers.study.audits import COPIES, PRIVACY, SETTINGS, Audit, audit, stage
+from fedllm_helpers.study.audits import COPIES, PRIVACY, SETTINGS, stage
 
 logger = logging.getLogger(__name__)
 # what the server may get, and how it is trained; the masked view is the open one behind masks

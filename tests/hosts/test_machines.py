@@ -4,6 +4,7 @@ import hashlib
 import shutil
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import federations
 import machines
@@ -201,7 +202,9 @@ def disk(machine, path, size, full=False):
 def test_a_run_that_has_no_room_says_so_first(fed):
     with disk(fed.server, f"{RUNS}/small", "256k"):
         said = fed.run("small")
-    assert "are free, and the adapters of a run take about" in said and "round 1" not in said
+    assert (
+        "are free, and the adapters of a run take about" in said and "round 1" not in said and "Traceback" not in said
+    )
 
 
 def test_a_disk_that_fills_at_the_server_in_a_run(fed, right):
@@ -277,6 +280,38 @@ def test_a_policy_that_forbids_it(fed, right):
     assert "most_rounds=0, all answered" in said and "2 of 2" not in said
     fed.run("allowed", LONG)
     assert fed.adapter("allowed") == right
+
+
+FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"  # Debian's libfaketime: machines here share a clock
+
+
+@contextmanager
+def clock(hospital, shift):
+    """What a hospital's service, and the command of the check, take for the time."""
+    told = [f"LD_PRELOAD={FAKETIME}", f"FAKETIME={shift}"]
+    folder = "/etc/systemd/system/fedllm-hospital.service.d"
+    lines = "[Service]\n" + "".join(f"Environment={one}\n" for one in told)
+    hospital.write(f"{folder}/clock.conf", lines)
+    hospital.does("systemctl daemon-reload && systemctl restart fedllm-hospital")
+    try:
+        yield " ".join(told)
+    finally:
+        hospital.does(f"rm -r {folder} && systemctl daemon-reload && systemctl restart fedllm-hospital")
+
+
+@pytest.mark.skipif(not Path(FAKETIME).is_file(), reason="needs Debian's libfaketime")
+@pytest.mark.parametrize("shift", ["-1d", "+1d"])
+def test_a_clock_that_is_a_day_wrong(fed, right, shift):
+    hospital, (check, _) = fed.hospitals[1], commands("fedllm_helpers.site check")
+    with clock(hospital, shift) as told:
+        check = check.replace("--preset gpu", "--preset cpu").replace("sudo -u fedllm", f"sudo -u fedllm env {told}")
+        said = fed.types(hospital, f"{check} || true")
+        assert any("FAULT" in line and "clock" in line for line in said.splitlines()), said
+        said = fed.run(f"clock{shift}", LONG, "federation.timeout=60")
+        assert "1 of 2 hospitals are connected after" in said and "Traceback" not in said, said
+    fed.online()
+    fed.run(f"clock{shift}-after", LONG)
+    assert fed.adapter(f"clock{shift}-after") == right
 
 
 def renumbered(hospital, old, new):

@@ -55,6 +55,7 @@ DRAWINGS = {
     "who_sees_what": plotting.who_sees_what,
     "dropped_mask": plotting.dropped_mask,
     "one_card": plotting.one_card,
+    "smaller_messages": plotting.smaller_messages,
 }
 VARIANTS = {  # other sizes that a reader may try
     "next_token of one": lambda: plotting.next_token([":"], [" pseudohypoparathyroidism"], [1e-5]),
@@ -120,6 +121,7 @@ SAYS = {  # what the words of a drawing name
     "who_sees_what": ["4 hospitals", "every single one", "The average goes", "the last adapter"],
     "dropped_mask": ["a mask for each pair", "Hospital 2 goes away", "shares of its key"],
     "one_card": ["circle of radius C", "cut at the circle", "noise of 1 C", "overlap"],
+    "smaller_messages": ["Fewer bits: every square is there", "only the darkest", "two thin strips", "stay at home"],
     "rules": ["FedIT: up BA", "FFA-LoRA: up B, down B", "FedSA-LoRA: up A, down A"],
 }
 
@@ -252,6 +254,11 @@ TOLD = [  # what is drawn, and what its words hold
         ["title, x: nats", "eye, untuned: 3.1 from 3.05 to 3.3"],
     ),
     ("pairs", lambda: plotting.pairs(PAIRS, "passage", "paraphrase", "x", "t"), ["passage: Hamlet 2.5", "Hamlet 40"]),
+    (
+        "card_by_card",
+        lambda: plotting.card_by_card({"one": np.arange(4.0), "other": np.arange(4.0) + [0, 0.2, 0, 0.2]}, "nats", "t"),
+        ["t. each card under both models, y: nats", "other minus one: at 0.5, 0.1 from -0.0155 to 0.215"],
+    ),
     ("byte_sizes", lambda: plotting.byte_sizes({"one": 1_500_000, "two": 27_000_000}, "t"), ["one 1.5, two 27"]),
     (
         "by_round",

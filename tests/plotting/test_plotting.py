@@ -143,3 +143,14 @@ def test_drawings_say_the_sizes_that_they_were_given():
     assert "576 × 192" in said and "576 × 16" in said and "16 × 192" in said and f"{16 * (576 + 192):,}" in said
     texts = [text.get_text() for text in plotting.flower_apps(4).axes[0].texts]
     assert texts.count("ClientApp") == 4 and texts.count("ServerApp") == 1
+
+
+def test_the_mean_of_differences_is_drawn_with_its_own_interval():
+    easy = np.linspace(1, 5, 16)
+    figure = plotting.card_by_card({"one": easy, "other": easy + np.tile([0.1, 0.3], 8)}, "nats per token", "title")
+    left, right = figure.axes
+    bars = {group.get_label(): group for axes in (left, right) for group in axes.containers}
+    ends = {name: np.ptp(group[2][0].get_segments()[0][:, 1]) for name, group in bars.items()}
+    assert ends["one"] == pytest.approx(4 * easy.std(ddof=1) / 4) and ends["other minus one"] < ends["one"] / 10
+    assert float(bars["other minus one"][0].get_ydata()[0]) == pytest.approx(0.2)
+    assert "other minus one: at 0.5, 0.2 from 0.148 to 0.252" in plotting.describe(figure)

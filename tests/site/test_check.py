@@ -1,5 +1,7 @@
 """The check before the day: every line with a real certificate, key, socket, policy and cards."""
 
+import contextlib
+import datetime as dt
 import http.server
 import json
 import os
@@ -26,9 +28,9 @@ def made(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def port(made):
-    """A TLS server on loopback that answers as the gateway does a stranger."""
+@contextlib.contextmanager
+def serving(folder):
+    """A TLS server on loopback that answers as the gateway does a stranger; its port."""
 
     class Refusing(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -38,12 +40,18 @@ def port(made):
             pass
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(made / "server.crt", made / "server.key")
+    context.load_cert_chain(folder / "server.crt", folder / "server.key")
     with http.server.HTTPServer(("127.0.0.1", 0), Refusing) as server:
         server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server.server_address[1]
         server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def port(made):
+    with serving(made) as found:
+        yield found
 
 
 @pytest.fixture
@@ -121,6 +129,14 @@ def test_another_authority_is_told_from_a_server_that_is_away(port, tmp_path):
     other = certificates.make_server(tmp_path / "other")
     (line,) = findings.look({"server": lambda: machine.server("127.0.0.1", port, str(other / "ca.crt"))})
     assert line.state == "FAULT" and "is reached, but its certificate does not hold here" in line.said
+
+
+def test_a_certificate_out_of_its_time_may_be_a_clock_that_is_wrong(tmp_path):
+    old = certificates.make_server(tmp_path / "old", days=-1)
+    with serving(old) as number:
+        (line,) = findings.look({"server": lambda: machine.server("127.0.0.1", number, str(old / "ca.crt"))})
+    today = dt.datetime.now(dt.UTC).strftime("%Y-%m-%d")
+    assert line.state == "FAULT" and f"expired, or this machine's clock is wrong: it says {today}" in line.said
 
 
 def test_a_certificate_of_yesterday_and_one_that_ends_soon(tmp_path):

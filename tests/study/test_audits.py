@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fedllm_helpers import attacks, config, data
+from fedllm_helpers import config, data
 from fedllm_helpers.federation import client_app
 from fedllm_helpers.study import audits
 from fedllm_helpers.training import guarantees
@@ -46,21 +46,6 @@ def test_an_audit_is_read_back(scene, tmp_path, monkeypatch):
     assert (audits.audit_arm(scene, "untuned", 0.0, 1, tmp_path).nll == first.nll).all()
     with pytest.raises(AssertionError, match="made again"):
         audits.audit_arm(scene, "untuned", 0.0, 2, tmp_path)
-
-
-def test_areas_are_those_of_the_scores():
-    rng = np.random.default_rng(0)
-    found, before = rng.uniform(10, 30, 40), rng.uniform(20, 40, 40)
-    found[:20] -= 8
-    nothing, tokens = np.zeros(0), np.full(40, 10)
-    rest = (nothing, nothing, nothing, 0.0)
-    one = audits.Audit(found, tokens, -found, -2 * found, *rest)
-    three = audits.areas(one, audits.Audit(before, tokens, -before, -before, *rest), 20)
-    assert three["loss"].auc == attacks.membership(-found[:20] / 10, -found[20:] / 10).auc
-    assert three["min-k"].auc.value == three["loss"].auc.value > 0.7
-    assert three["min-k++"].auc.value == three["min-k"].auc.value
-    assert three["difference"].auc == attacks.membership((before - found)[:20], (before - found)[20:]).auc
-    assert three["ratio"].auc == attacks.membership(-(found / before)[:20], -(found / before)[20:]).auc
 
 
 def test_the_stored_grid_is_whole_and_its_guarantees_follow_from_its_settings():

@@ -33,10 +33,10 @@ def test_lora_at_rank_16_is_the_federation_of_the_other_grid():
 
 def test_the_search_for_a_rate_ends_between_worse_ones():
     tried = pd.DataFrame({"kind": "a", "learning_rate": [1.0, 2.0, 4.0], "nll": [3.0, 2.0, 2.5]})
-    assert frontier._further("a", tried) is None
-    assert frontier._further("a", tried.assign(nll=[1.0, 2.0, 3.0])) == ("a", 0.5)
-    assert frontier._further("a", tried.assign(nll=[3.0, 2.0, 1.0])) == ("a", 8.0)
-    assert frontier.chosen(tried) == {"a": 2.0}
+    assert lab._further("a", tried) is None
+    assert lab._further("a", tried.assign(nll=[1.0, 2.0, 3.0])) == ("a", 0.5)
+    assert lab._further("a", tried.assign(nll=[3.0, 2.0, 1.0])) == ("a", 8.0)
+    assert lab.chosen(tried) == {"a": 2.0}
 
 
 def test_a_grid_goes_on_where_it_was_and_refuses_tables_of_other_cards(tmp_path):

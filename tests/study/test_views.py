@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import kstest
 
 from fedllm_helpers import config, models, training
+from fedllm_helpers.attacks import battery
 from fedllm_helpers.federation import client_app
 from fedllm_helpers.models.process import base_model, cpu_threads, first_adapter
 from fedllm_helpers.privacy import secure_aggregation as secure
@@ -30,7 +31,7 @@ def audit(nll, exposure=(), tokens=10):
     """An audit of these losses: summed nats per card."""
     nll = np.array(nll, dtype=float)
     tokens, likelihood = np.full(len(nll), tokens), np.zeros((len(exposure), 1000))
-    return audits.Audit(nll, tokens, -nll, -nll, likelihood, np.array(exposure), np.array(exposure) > 9, 0.0)
+    return battery.Audit(nll, tokens, -nll, -nll, likelihood, np.array(exposure), np.array(exposure) > 9, 0.0)
 
 
 def flat(adapter):
@@ -78,10 +79,10 @@ def test_an_open_update_is_the_federation_s_and_tells_its_specialty(scene, tmp_p
     (model, tokenizer), start, mine = base_model(staged), first_adapter(staged), client_app.own_cards(staged, 2)[0]
     update = views.first_update(staged, 2, 8e-3)
     models.set_adapter(model, start)
-    before = audits.audit(model, tokenizer, members.select([]), members, [], CFG)
+    before = battery.audit(model, tokenizer, members.select([]), members, [], CFG)
     models.set_adapter(model, {key: start[key] + update[key] for key in start})
     by_system = views.gains(
-        before, audits.audit(model, tokenizer, members.select([]), members, [], CFG), members["specialty"]
+        before, battery.audit(model, tokenizer, members.select([]), members, [], CFG), members["specialty"]
     )
     assert by_system.idxmax() == mine["specialty"][0] and by_system.sum() == pytest.approx(0, abs=1e-9)
     models.set_adapter(model, start)
