@@ -5,21 +5,13 @@ What needs the cards or the model is said where they are known: batches and prom
 """
 
 import logging
-from dataclasses import fields
 
 from omegaconf import DictConfig, OmegaConf
 
-from fedllm_helpers.config import strategy_arguments, training_arguments
+from fedllm_helpers.config import protections, strategy_arguments, training_arguments
+from fedllm_helpers.config.protections import promises
 from fedllm_helpers.config.rounds import asked, within_a_round
-from fedllm_helpers.config.schema import (
-    AVERAGING,
-    BY_PRODUCT,
-    EDITING,
-    MIXED,
-    ClientPrivacy,
-    RecordPrivacy,
-    SecureAggregation,
-)
+from fedllm_helpers.config.schema import AVERAGING, BY_PRODUCT, EDITING, MIXED
 
 logger = logging.getLogger(__name__)
 # strategies that keep no factors from one round to the next
@@ -45,8 +37,7 @@ def check(cfg: DictConfig, said: set[str] = frozenset()) -> None:
     """
     _check_rounds(cfg)
     _check_training(cfg, said)
-    _check_privacy(cfg)
-    _check_promises(cfg)
+    protections.check(cfg)
     _check_strategy(cfg)
     strategy_arguments.check(cfg.federation, asked(cfg))
     _check_rule(cfg)
@@ -86,93 +77,8 @@ def _check_training(cfg: DictConfig, said: set[str]) -> None:
                 raise ValueError(f"{where}.{name} has no effect beside optim={optimizer}; leave it out")
 
 
-def _promises(cfg: DictConfig) -> tuple[bool, bool, bool]:
-    """Whether there is DP-SGD, noise on the average, and masks."""
-    how = cfg.federation.privacy
-    private = how.record.epsilon is not None or how.record.noise_multiplier is not None
-    return private, how.client.noise_multiplier is not None, cfg.federation.secure_aggregation.threshold is not None
-
-
-def _check_privacy(cfg: DictConfig) -> None:
-    how, secure = cfg.federation.privacy, cfg.federation.secure_aggregation.threshold
-    if how.record.epsilon is not None and how.record.noise_multiplier is not None:
-        raise ValueError(
-            f"federation.privacy.record: epsilon={how.record.epsilon} and "
-            f"noise_multiplier={how.record.noise_multiplier} are both set; the one follows from the other, so set one"
-        )
-    if how.record.cards_per_patient is not None and not _promises(cfg)[0]:
-        raise ValueError("federation.privacy.record.cards_per_patient says whom DP-SGD protects: set epsilon, too")
-    if any(_promises(cfg)):
-        _check_silence(cfg)
-    if _promises(cfg)[0]:
-        _check_dp_sgd(cfg)
-    if secure and cfg.federation.compression.up != "fp32":
-        raise ValueError("federation.compression.up: masked updates have a format of their own; set it to fp32")
-    if secure and cfg.federation.compression.keep < 1:
-        raise ValueError("federation.compression.keep: the largest values are not the same everywhere; set it to 1")
-    if secure and not asked(cfg) / 2 < secure <= asked(cfg):
-        raise ValueError(
-            f"federation.secure_aggregation.threshold={secure}: a round asks {asked(cfg)} hospitals; allowed is more "
-            "than half of them, up to all"
-        )
-    if how.client.noise_multiplier is not None and how.client.delta >= 1 / cfg.federation.num_clients:
-        raise ValueError(
-            f"federation.privacy.client.delta={how.client.delta} is not below 1 / {cfg.federation.num_clients} "
-            "hospitals: it promises nothing; make it smaller"
-        )
-
-
-def _check_silence(cfg: DictConfig) -> None:
-    """Where privacy is promised, losses stay with those who have the cards."""
-    if cfg.federation.strategy == "QFedAvg":
-        raise ValueError("federation.strategy=QFedAvg: it weights by losses, and with privacy they stay at home")
-    if cfg.federation.fraction_evaluate:
-        raise ValueError(
-            f"federation.fraction_evaluate={cfg.federation.fraction_evaluate}: hospitals' losses would leave "
-            "unprotected; set it to 0, the server scores its own cards"
-        )
-    if training_arguments.trackers(within_a_round(cfg).get("report_to")):
-        raise ValueError(
-            "federation.training_arguments.report_to: hospitals' losses would leave unprotected; set it to none"
-        )
-
-
-def _check_dp_sgd(cfg: DictConfig) -> None:
-    given, where = within_a_round(cfg), "federation.training_arguments"
-    if given.get("max_steps", -1) < 1:
-        raise ValueError(f"{where}.max_steps: DP-SGD counts its steps beforehand; set it from 1")
-    if given.get("gradient_accumulation_steps", 1) != 1:
-        raise ValueError("gradient_accumulation_steps: DP-SGD takes one batch a step; set it to 1")
-    for name, why in (
-        ("max_grad_norm", "each card's gradient is clipped instead, to federation.privacy.record.clipping_norm"),
-        ("train_sampling_strategy", "every step draws its cards by chance"),
-    ):
-        if given.get(name) is not None:
-            raise ValueError(f"{where}.{name}={given[name]}: it has no effect with DP-SGD, where {why}; set it to null")
-    if cfg.model.gradient_checkpointing:
-        raise ValueError("model.gradient_checkpointing=true: per-card gradients need the activations; set it to false")
-    if cfg.federation.strategy == "FedProx":
-        raise ValueError("federation.strategy=FedProx: its pull would be added to gradients that are clipped and noisy")
-
-
-def _check_promises(cfg: DictConfig) -> None:
-    """What someone set about a protection that is not there: they believe in a promise that nobody keeps."""
-    how, (private, noisy, masked) = cfg.federation, _promises(cfg)
-    for there, key, schema, settings, needed in (
-        (private, "privacy.record", RecordPrivacy, how.privacy.record, "epsilon or noise_multiplier"),
-        (noisy, "privacy.client", ClientPrivacy, how.privacy.client, "noise_multiplier"),
-        (masked, "secure_aggregation", SecureAggregation, how.secure_aggregation, "threshold"),
-    ):
-        for item in () if there else fields(schema):
-            if settings[item.name] != item.default:
-                raise ValueError(
-                    f"federation.{key}.{item.name}={settings[item.name]}: nothing is protected without {needed}; set "
-                    f"that, too, or leave this at {item.default}"
-                )
-
-
 def _check_strategy(cfg: DictConfig) -> None:
-    name, (_, noisy, masked), keep = cfg.federation.strategy, _promises(cfg), cfg.federation.compression.keep
+    name, (_, noisy, masked), keep = cfg.federation.strategy, promises(cfg), cfg.federation.compression.keep
     if (noisy or masked) and name not in AVERAGING:
         raise ValueError(
             f"federation.strategy={name}: it compares replies, and noise or masks need a mean; allowed are "
@@ -217,12 +123,12 @@ def _check_ranks(cfg: DictConfig) -> None:
     odd = next((r for r in ranks if not 1 <= r <= largest), None)
     if odd is not None:
         raise ValueError(f"federation.ranks: {odd}; allowed are 1 to model.lora.peft_lora_r={largest}")
-    if _promises(cfg)[0]:
+    if promises(cfg)[0]:
         raise ValueError("federation.ranks: DP-SGD would add noise to ranks that a hospital has not; set it to null")
 
 
 def _check_products(cfg: DictConfig, where: str) -> None:
-    how, (_, noisy, masked) = cfg.federation, _promises(cfg)
+    how, (_, noisy, masked) = cfg.federation, promises(cfg)
     if how.strategy not in ("FedAvg", "FedProx"):
         raise ValueError(f"{where}: it combines products itself; allowed strategies are FedAvg and FedProx")
     if noisy or masked:

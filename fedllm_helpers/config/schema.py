@@ -129,11 +129,26 @@ class ClientPrivacy:
 
 
 @dataclass
+class ScorePrivacy:
+    """Noise on a hospital's scores: hides any one of its held-out cards from whoever sees them.
+
+    It hides patients where ``record.cards_per_patient`` protects these; one with cards in training, too, is in both ε.
+    """
+
+    epsilon: float | None = _setting(
+        None, "ε of a hospital's held-out cards over the scores of all rounds; the noise follows", low=1e-6, high=1e4
+    )
+    largest_nll: float = _setting(8.0, "nats per token that a card counts with at most", low=1e-3, high=1e3)
+    delta: float = _setting(1e-3, "probability that the promise fails; below 1 / held-out cards", low=1e-30, high=0.1)
+
+
+@dataclass
 class Privacy:
     """What is done so that less leaks; see :mod:`fedllm_helpers.privacy`."""
 
     record: RecordPrivacy = field(default_factory=RecordPrivacy)
     client: ClientPrivacy = field(default_factory=ClientPrivacy)
+    scores: ScorePrivacy = field(default_factory=ScorePrivacy)
     noise_seed: int | None = _setting(None, "repeats the noise, for study; null draws it from the system", low=0)
 
 

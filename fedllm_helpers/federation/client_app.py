@@ -20,7 +20,7 @@ from fedllm_helpers.aggregation import edits, rules
 from fedllm_helpers.aggregation.loraxs import factors_of
 from fedllm_helpers.communication import compression
 from fedllm_helpers.config.runs import settings
-from fedllm_helpers.evaluation import at_home
+from fedllm_helpers.evaluation import at_home, told_scores
 from fedllm_helpers.federation import node_settings
 from fedllm_helpers.privacy import audit_log, guards, masked_clients, noise, policy, promises
 from fedllm_helpers.privacy.masked_clients import ATTEMPT
@@ -42,11 +42,15 @@ def _silent(context: Context) -> bool:
     return noise.silent(settings(context))
 
 
+def _closed(context: Context) -> bool:
+    return noise.closed(settings(context))
+
+
 def _own(context: Context) -> tuple["Dataset", "Dataset"]:
     return node_cards(context, int(context.node_config["partition-id"]))
 
 
-PROMISED, CLOSED = guards.promised(_masks, _silent), guards.closed(_silent)
+PROMISED, CLOSED = guards.promised(_masks, _closed), guards.closed(_silent)
 OUTSIDE = [packing.client_mod, audit_log.mod, policy.mod, PROMISED, compression.mod, masked_clients.mod]
 MODS = [*OUTSIDE, rules.mod, CLOSED, at_home.mod_for(settings, _own)]
 app = ClientApp(mods=MODS)
@@ -137,12 +141,14 @@ def _first_batch(cards: "Dataset", local: DictConfig) -> "Dataset":
 def evaluate(message: Message, context: Context) -> Message:
     """Score the average adapter on the hospital's own held-out cards: nats per answer token, and how many cards."""
     cfg, hospital = settings(context), int(context.node_config["partition-id"])
-    cards, metrics = node_cards(context, hospital)[1], {"partition-id": hospital, "num-examples": 0, "nll": 0.0}
+    cards, number = node_cards(context, hospital)[1], int(message.content["config"]["server-round"])
+    told, promise = {"num-examples": 0, "nll": 0.0}, {}
     if len(cards):
-        model, _ = _given(cfg, message)
-        with models.process.cpu_threads(cfg), models.editing.edited(model, edits.edit_of(message)):
-            metrics |= {"num-examples": len(cards), "nll": _loss(cfg, cards)}
-    return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+        given = _given(cfg, message)
+        with models.process.cpu_threads(cfg), models.editing.edited(given[0], edits.edit_of(message)):
+            told, promise = told_scores.told(*given, cards, cfg, noise.noise_seed(cfg, 3, number, hospital))
+    metrics = MetricRecord({"partition-id": hospital, **told})
+    return Message(RecordDict({"metrics": metrics, **promise}), reply_to=message)
 
 
 def _loss(cfg: DictConfig, cards: "Dataset") -> float:

@@ -17,6 +17,7 @@ from fedllm_helpers.federation.chain import Chain
 from fedllm_helpers.federation.nodes import Present, answers, sample
 from fedllm_helpers.federation.tables import NUMBERS, Tables, summary
 from fedllm_helpers.training.fine_tuning import Round
+from fedllm_helpers.training.guarantees import score_noise
 
 logger = logging.getLogger(__name__)
 
@@ -139,4 +140,10 @@ def _evaluate_at_clients(
     row["client_nll"] = scored["nll"] if scored else float("nan")
     seen = run.chain.screened.seen.values()
     found = [reply for reply in seen if reply.status == "used" and reply.numbers["num-examples"]]
-    row["own"] = [(names[one.sender], int(one.numbers["num-examples"]), one.numbers["nll"]) for one in found]
+    row["own"] = [(names[one.sender], *_score(cfg, one.numbers)) for one in found]
+
+
+def _score(cfg: DictConfig, told: dict[str, float]) -> tuple[int, float, float]:
+    """Cards, nats per answer token, and the standard deviation of the noise in them, by the settings."""
+    cards = int(told["num-examples"])
+    return cards, told["nll"], score_noise(cfg, cards)

@@ -21,7 +21,7 @@ NUMBERS = {
     "train-seconds": "train_seconds",
     "seconds": "seconds",
 }
-SCORES = ["round", "client", "cards", "nll"]
+SCORES = ["round", "client", "cards", "nll", "noise"]
 CLIENTS = ["round", "client", "status", "bytes_down", "bytes_up", *NUMBERS.values()]
 
 
@@ -45,7 +45,10 @@ class Tables:
         return pd.DataFrame(self.clients, columns=CLIENTS)
 
     def scores_frame(self) -> pd.DataFrame:
-        """A row per round and hospital that scored the average: nats per answer token on its own held-out cards."""
+        """A row per round and hospital that scored the average: nats per answer token on its own held-out cards.
+
+        ``noise`` is the standard deviation of what ``federation.privacy.scores`` added to them; 0 for none.
+        """
         rows = [(row["round"], *score) for row in self.history for score in row.get("own", ())]
         return pd.DataFrame(rows, columns=SCORES)
 
@@ -79,7 +82,7 @@ def numbers(tables: Tables) -> dict[str, float]:
     found = {f"round/{name}": value for name, value in row.items() if isinstance(value, (int, float))}
     for client in tables.clients_frame().query("round == @row['round']").to_dict("records"):
         found |= {f"hospital {client['client']}/{name}": client[name] for name in ("loss_before", "loss_after")}
-    return found | {f"hospital {hospital}/own nll": nll for hospital, _, nll in row.get("own", ())}
+    return found | {f"hospital {hospital}/own nll": nll for hospital, _, nll, _ in row.get("own", ())}
 
 
 def bar(plan: list[Round], shown: bool) -> tqdm:

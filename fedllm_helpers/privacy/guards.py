@@ -22,7 +22,7 @@ def promised(masks: Callable[[Context], Mapping[str, Any]], silent: Callable[[Co
 
     Args:
         masks: what the orders of a masked round have to say, such as ``threshold``; nothing where there are no masks.
-        silent: whether the run promises privacy, so that scores and losses stay here.
+        silent: whether the run promises privacy and no noise on scores, so that these stay here.
     """
 
     def mod(message: Message, context: Context, call_next: Next) -> Message:
@@ -45,7 +45,7 @@ def closed(silent: Callable[[Context], bool]) -> Mod:
     """A mod that says nothing of an app's error where privacy is promised: its text may quote a card; it stands last.
 
     Args:
-        silent: as in :func:`promised`.
+        silent: whether the run promises privacy.
     """
 
     def mod(message: Message, context: Context, call_next: Next) -> Message:

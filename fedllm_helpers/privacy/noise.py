@@ -65,6 +65,11 @@ def silent(cfg: "DictConfig") -> bool:
     return any(value is not None for value in private) or bool(cfg.federation.secure_aggregation.threshold)
 
 
+def closed(cfg: "DictConfig") -> bool:
+    """Whether no score may leave: where losses do not, and no noise is promised for scores."""
+    return silent(cfg) and cfg.federation.privacy.scores.epsilon is None
+
+
 def orders(cfg: "DictConfig") -> dict[str, float]:
     """What the orders of a masked round have to say by a configuration; nothing where it has no masks."""
     how, private, seed = (
@@ -88,7 +93,8 @@ def noise_seed(cfg: "DictConfig", purpose: int, *numbers: int) -> np.random.Seed
 
     Args:
         cfg: of the federation.
-        purpose: 0 for the server's noise, 1 for a hospital's, 2 for its share of a sum's: they never share a stream.
+        purpose: 0 for the server's noise, 1 for a hospital's, 2 for its share of a sum's, 3 for its scores: they never
+            share a stream.
         numbers: such as round and hospital.
     """
     given = cfg.federation.privacy.noise_seed

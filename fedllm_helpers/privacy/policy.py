@@ -1,25 +1,23 @@
 """A hospital's own policy: what may leave it, whatever a server orders; and its ledger of what has left.
 
 A node that is started with ``--node-config policy=FILE`` follows the YAML file of that name, with the keys of
-:class:`Policy`; its app has :func:`mod` among its mods, and where it trains by DP-SGD says so in its reply
-(:mod:`promises`). What the policy forbids is refused in one line that says nothing about the cards. Server and settings
-cannot change it; other *code* could, and a deployed run brings its code along: it binds those who read or sign that.
-``python -m fedllm_helpers.policy FILE`` says what it allows, what is spent and what is left.
+:class:`fedllm_helpers.config.policies.Policy`; its app has :func:`mod` among its mods, and says in its reply where it
+trained by DP-SGD or put noise on a score (:mod:`promises`). What the policy forbids is refused in one line that says
+nothing about the cards. Server and settings cannot change it; other *code* could, and a deployed run brings its code
+along: it binds those who read or sign that. ``python -m fedllm_helpers.policy FILE`` says what it allows, what is spent
+and what is left.
 """
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from filelock import Timeout
 from flwr.app import ConfigRecord, Context, Message
-from omegaconf import OmegaConf
 
 from fedllm_helpers.adapters.updates import kind_of
+from fedllm_helpers.config.policies import Policy, load
 from fedllm_helpers.privacy.ledger import MECHANISM, NOISE, ROUND, Ledger
 from fedllm_helpers.privacy.masked_clients import LATEST, SENT
 from fedllm_helpers.privacy.promises import PROMISE
@@ -30,72 +28,6 @@ TOLD = ("partition-id", "num-examples", "examples", "rule-followed")  # all that
 
 class Refused(ValueError):
     """What this hospital's policy forbids; the line may be sent to the server."""
-
-
-def _key(default: Any, meaning: str) -> Any:
-    return field(default=default, metadata={"meaning": meaning})
-
-
-@dataclass
-class Policy:
-    """What a hospital allows. Null sets no limit."""
-
-    ledger: str | None = _key(None, "file of what was answered, over all runs; null is beside the policy, .ledger")
-    largest_epsilon: float | None = _key(None, "ε of any one card by DP-SGD, over all rounds of all runs")
-    delta: float = _key(1e-5, "at which that ε is counted; well below 1 / cards")
-    least_noise_multiplier: float | None = _key(None, "of a step of DP-SGD, in clipping norms")
-    largest_clipping_norm: float | None = _key(
-        None, "of a card's gradient in DP-SGD; of an update behind masks, where noise is added"
-    )
-    most_rounds: int | None = _key(None, "answered over all runs; one that is sent again counts again")
-    least_hospitals: int | None = _key(None, "that open a masked sum; without masks nothing leaves")
-    scores: bool | None = _key(
-        None,
-        "whether scores of held-out cards may leave in a run that promises no privacy; null: if no ε, noise or "
-        "number of hospitals is asked for",
-    )
-    losses: bool = _key(True, "whether losses, tokens and seconds may leave in a run that promises no privacy")
-    rules: list[str] | None = _key(None, "of combining adapters that are followed, by name; FedIT is the plain average")
-    known_noise: bool = _key(False, "whether a run may know the seed of the noise, and so take it off")
-
-
-def load(path: str | Path) -> Policy:
-    """Read a policy.
-
-    Raises:
-        ValueError: an unknown key, a wrong type or a value out of its limits, in one line.
-        OSError: the file cannot be read.
-    """
-    try:
-        given = OmegaConf.load(Path(path).expanduser())
-        found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Policy), given))
-    except OSError:
-        raise
-    except Exception as error:  # of YAML and of OmegaConf, a dozen types
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}; known are {_names()}") from None
-    _check(found, path)
-    home = Path(path).expanduser().absolute()
-    found.ledger = str(home.parent / Path(found.ledger or home.with_suffix(".ledger")).expanduser())
-    if found.scores is None:
-        limits = (found.largest_epsilon, found.least_noise_multiplier, found.least_hospitals)
-        found.scores = all(limit is None for limit in limits)
-    return found
-
-
-def _names() -> str:
-    return ", ".join(one.name for one in fields(Policy))
-
-
-def _check(found: Policy, path: str | Path) -> None:
-    above = ("largest_epsilon", "least_noise_multiplier", "largest_clipping_norm")
-    limits = {name: (lambda value: 0 < value < math.inf, "numbers above 0") for name in above}
-    limits["delta"] = (lambda value: 0 < value < 0.1, "numbers above 0 and below 0.1")
-    limits["most_rounds"] = (lambda value: value >= 0, "whole numbers from 0")
-    limits["least_hospitals"] = (lambda value: value >= 2, "whole numbers from 2")
-    for name, (fits, allowed) in limits.items():
-        value = getattr(found, name)
-        if value is not None and not fits(value):
-            raise ValueError(f"{path}: {name}={value!r}: allowed are {allowed}")
 
 
 def of(context: Context) -> Policy | None:
@@ -127,8 +59,8 @@ def mod(message: Message, context: Context, call_next: Callable[[Message, Contex
         return reply
     if SENT in message.content.config_records and kind != "query.keys":
         _check_masks(policy, message)
-    if kind == "evaluate" and not policy.scores:
-        raise Refused("this hospital's policy: scores=false")
+    if kind == "evaluate":
+        return _scored(policy, message, context, call_next)
     if kind != "train":
         return call_next(message, context)
     entry = _entry(message)
@@ -145,6 +77,25 @@ def mod(message: Message, context: Context, call_next: Callable[[Message, Contex
         entry["update"] = str(context.state[LATEST]["update"])
     with _at_home():
         _book(policy, context.run_id, entry | {"private": given is not None}, given)
+    return reply
+
+
+def _scored(policy: Policy, message: Message, context: Context, call_next: Callable) -> Message:
+    """The reply with a score: as it is where the policy lets scores leave, or with noise that its ε has room for."""
+    none = Refused("this hospital's policy: scores=false")
+    if not policy.scores and (policy.largest_epsilon is None or policy.least_hospitals):
+        raise none
+    reply = call_next(message, context)
+    if reply.has_error():
+        return reply
+    given = reply.content.pop(PROMISE, None)
+    if given is None:
+        if not policy.scores:
+            raise none
+        return reply
+    _check_seed(policy, given)
+    with _at_home(), (ledger := Ledger(policy.ledger)).held():
+        ledger.add(_spent(policy, context.run_id, given))
     return reply
 
 
@@ -219,8 +170,7 @@ def _check_noise(policy: Policy, given: ConfigRecord | None, clipped: bool) -> N
             if getattr(policy, name) is not None:
                 raise Refused(f"this hospital's policy: {name}={getattr(policy, name)}, and this was no DP-SGD")
         return
-    if given["seeded"] and not policy.known_noise:
-        raise Refused("this hospital's policy: known_noise=false, and the settings name the seed of the noise")
+    _check_seed(policy, given)
     least, most = policy.least_noise_multiplier, policy.largest_clipping_norm
     if least is not None and not given["noise"] >= least:
         raise Refused(f"this hospital's policy: least_noise_multiplier={least}, and this was {given['noise']:.4g}")
@@ -230,17 +180,26 @@ def _check_noise(policy: Policy, given: ConfigRecord | None, clipped: bool) -> N
         )
 
 
+def _check_seed(policy: Policy, given: ConfigRecord) -> None:
+    if given["seeded"] and not policy.known_noise:
+        raise Refused("this hospital's policy: known_noise=false, and the settings name the seed of the noise")
+
+
 def _book(policy: Policy, run: int, entry: dict[str, Any], given: ConfigRecord | None) -> None:
     """Write down what leaves now, unless another run took what was left while this one trained."""
     ledger = Ledger(policy.ledger)
-    entries: list[dict[str, Any]] = []
     with ledger.held():
         _check_round(policy, entry)
-        if given is not None:
-            mechanism = (given["noise"], given["rate"], given["steps"])
-            after = ledger.epsilon(policy.delta, [mechanism])
-            if policy.largest_epsilon is not None and after > policy.largest_epsilon:
-                limit = f"largest_epsilon={policy.largest_epsilon} over all runs"
-                raise Refused(f"this hospital's policy: {limit}, and with this round it would be {after:.3g}")
-            entries = [{"kind": NOISE, "run": run, **dict(zip(MECHANISM, mechanism, strict=True))}]
+        entries = [] if given is None else [_spent(policy, run, given)]
         ledger.add(*entries, {"kind": ROUND, "run": run, **entry})
+
+
+def _spent(policy: Policy, run: int, given: ConfigRecord) -> dict[str, Any]:
+    """The ledger's entry of a mechanism whose result leaves now, unless there is not that much left."""
+    mechanism = (given["noise"], given["rate"], given["steps"])
+    _known(Ledger(policy.ledger), NOISE)  # one that is damaged is said without its path
+    after = Ledger(policy.ledger).epsilon(policy.delta, [mechanism])
+    if policy.largest_epsilon is not None and after > policy.largest_epsilon:
+        limit = f"largest_epsilon={policy.largest_epsilon} over all runs"
+        raise Refused(f"this hospital's policy: {limit}, and with this round it would be {after:.3g}")
+    return {"kind": NOISE, "run": run, **dict(zip(MECHANISM, mechanism, strict=True))}

@@ -1,6 +1,6 @@
-"""What an app says in its reply of its own training by DP-SGD, for the mod of a hospital's policy, which takes it out.
+"""What an app says in its reply of the noise it added, for the mod of a hospital's policy, which takes it out.
 
-It stands apart from :mod:`policy`, as a trainer makes it.
+That is of its training by DP-SGD, or of a score. It stands apart from :mod:`policy`, as a trainer makes it.
 """
 
 from flwr.app import ConfigRecord
@@ -14,8 +14,8 @@ def promise(plan: RecordPrivacy, steps: int, *, seeded: bool = False) -> dict[st
     """The record for a reply, by its name.
 
     Args:
-        plan: by which it was trained, over all rounds.
-        steps: of this training.
+        plan: by which it was trained or scored, over all rounds.
+        steps: of this training; 1 for a score.
         seeded: whether somebody else knows the seed of the noise, and so can take it off.
     """
     mechanism = {"noise": plan.noise_multiplier, "rate": plan.sample_rate, "steps": steps}

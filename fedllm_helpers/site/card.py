@@ -117,9 +117,9 @@ def _results(run: kept.Kept) -> list[EvalResult]:
         if scored["round"].iloc[0] == 0:
             found.append(("the same cards, untuned", scored["nll"].iloc[0]))
     last = run.scores[run.scores["round"] == run.scores["round"].max()]
-    found += [
-        (f"hospital {int(row.client)}, its own {int(row.cards)} held-out cards", row.nll) for row in last.itertuples()
-    ]
+    for row in last.itertuples():
+        noisy = f", with noise of {row.noise:.2g}" if row.noise else ""
+        found.append((f"hospital {int(row.client)}, its own {int(row.cards)} held-out cards{noisy}", row.nll))
     shared = {"task_type": "text-generation", "dataset_type": "flashcards", "metric_type": "nll"}
     return [  # by their config: the hub takes results on one data set for one
         EvalResult(**shared, dataset_config=name, dataset_name=name, metric_value=round(float(nll), 4))

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from fedllm_helpers.federation.run_folders import ORIGIN
+from fedllm_helpers.federation.tables import SCORES
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class Kept:
             said.append(f"for each hospital, noise on the average ({given}, δ = {client['delta']:g})")
         if how["secure_aggregation"]["threshold"]:
             said.append(f"masks: the server opens sums of {how['secure_aggregation']['threshold']} hospitals or more")
+        if (scores := how["privacy"]["scores"])["epsilon"] is not None:
+            given = f"ε = {scores['epsilon']:g} at δ = {scores['delta']:g}"
+            said.append(f"for each held-out card, {given}, by noise on the hospitals' scores")
         if said and how["privacy"]["noise_seed"] is not None:
             said.append("but the noise has a known seed, and whoever knows it can take the noise off")
         return "; ".join(said) or "none: neither noise nor masks"
@@ -60,7 +64,7 @@ def read(folder: str | Path) -> Kept:
         origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
         tables = [pd.read_csv(folder / name) for name in ("history.csv", "clients.csv")]
         scores = folder / "scores.csv"
-        found = pd.read_csv(scores) if scores.is_file() else pd.DataFrame(columns=["round", "client", "cards", "nll"])
+        found = pd.read_csv(scores) if scores.is_file() else pd.DataFrame(columns=SCORES)
         kept = Kept(folder, *tables, found, origin)
         kept.promised(), kept.rounds, origin["versions"].items(), origin["date"]
         tables[1][["round", "client", "status", "bytes_up", "bytes_down"]]

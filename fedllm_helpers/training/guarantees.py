@@ -15,8 +15,8 @@ from fedllm_helpers.training.fine_tuning import round_config
 logger = logging.getLogger(__name__)
 
 
-def _owned(cfg: DictConfig, cards: Dataset) -> tuple[Dataset, np.ndarray | None]:
-    """The cards that DP-SGD may use, and whose each is.
+def owned(cfg: DictConfig, cards: Dataset) -> tuple[Dataset, np.ndarray | None]:
+    """The cards that a promise may be about, and whose each is.
 
     Of a patient with more than ``federation.privacy.record.cards_per_patient`` so many are chosen, by the seed; a card
     without ``patient_id`` is a patient of its own. The promise is about a hospital's own patients: one who is also at
@@ -35,7 +35,7 @@ def _owned(cfg: DictConfig, cards: Dataset) -> tuple[Dataset, np.ndarray | None]
     order = pd.Series(names).iloc[np.random.default_rng([cfg.seed, 8]).permutation(len(cards))]
     kept = np.sort(order.index[order.groupby(order).cumcount() < most])
     if len(kept) < len(cards):
-        said = "federation.privacy.record.cards_per_patient=%d: %d of %d cards are left out of the training"
+        said = "federation.privacy.record.cards_per_patient=%d: %d of %d cards are left out"
         logger.warning(said, most, len(cards) - len(kept), len(cards))
     return cards.select(kept), pd.factorize(pd.Series(names).iloc[kept])[0]
 
@@ -48,7 +48,7 @@ def planned(cfg: DictConfig, cards: Dataset) -> tuple[RecordPrivacy | None, Data
     Raises:
         ValueError: settings that no DP-SGD can follow, or cards that do not say whose they are.
     """
-    some, owners = _owned(cfg, cards)
+    some, owners = owned(cfg, cards)
     return record_privacy(cfg, len(some) if owners is None else int(owners.max()) + 1), some, owners
 
 
@@ -83,6 +83,38 @@ def record_privacy(cfg: DictConfig, cards: int) -> RecordPrivacy | None:
     noise, target = how.noise_multiplier, how.epsilon if how.noise_multiplier is None else None
     options = {"delta": how.delta, "noise_multiplier": noise, "target": target, "clipping_norm": how.clipping_norm}
     return plan(cards, batch, steps * cfg.federation.num_rounds, **options)
+
+
+def score_privacy(cfg: DictConfig, cards: int) -> RecordPrivacy | None:
+    """What is promised of a hospital's held-out cards if every round asks for its score; None where nothing is.
+
+    A score is a mean over cards, each counted with 0 to ``largest_nll`` nats per token. Measured from the middle of
+    these, one card moves the sum by half of ``largest_nll``: that is ``clipping_norm``, or so often as
+    ``record.cards_per_patient`` has it. Neighbouring: a card, or one that is just in the middle.
+
+    Args:
+        cfg: its ``federation.privacy.scores`` gives ε, and the noise follows.
+        cards: that are scored, or patients; how many is not a secret here.
+
+    Raises:
+        ValueError: settings that promise nothing for so many cards.
+    """
+    how, most = cfg.federation.privacy.scores, cfg.federation.privacy.record.cards_per_patient or 1
+    if how.epsilon is None:
+        return None
+    if how.delta >= 1 / cards:
+        raise ValueError(
+            f"federation.privacy.scores.delta={how.delta} is not below 1 / {cards} held-out cards: it promises "
+            "nothing; make it smaller"
+        )
+    options = {"delta": how.delta, "target": how.epsilon, "clipping_norm": most * how.largest_nll / 2}
+    return plan(cards, cards, cfg.federation.num_rounds, **options)
+
+
+def score_noise(cfg: DictConfig, cards: int) -> float:
+    """Standard deviation of the noise on a score of so many cards, in nats per token; 0 where none is promised."""
+    found = score_privacy(cfg, 1)
+    return found.noise_multiplier * found.clipping_norm / cards if found else 0.0
 
 
 def client_epsilon(cfg: DictConfig) -> float:

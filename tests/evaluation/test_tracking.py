@@ -70,5 +70,5 @@ def test_an_unknown_tracker_is_refused(value):
 
 
 def test_numbers_of_a_round_have_names():
-    found = tables.numbers(tables.Tables([{"round": 1, "nll": 2.5, "own": [(0, 3, 1.5)]}], []))
+    found = tables.numbers(tables.Tables([{"round": 1, "nll": 2.5, "own": [(0, 3, 1.5, 0.0)]}], []))
     assert found == {"round/round": 1, "round/nll": 2.5, "hospital 0/own nll": 1.5}

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,61 @@ def test_scores_stay_where_the_policy_says_so(file):
         for text in ("", "scores: false")
     ]
     assert nll == pytest.approx([(0 * 1 + 1 * 2 + 2 * 3 + 3 * 4) / 10, (1 * 2 + 2 * 3 + 3 * 4) / 9])
+
+
+def scoring(plan, **more):
+    """The tiny ClientApp, that says its scores have the noise of a plan."""
+    inner = tiny.client()
+
+    def app(message, context):
+        reply = inner(message, context)
+        if message.metadata.message_type == "evaluate":
+            reply.content[promises.PROMISE] = promises.promise(plan, 1, **more)[promises.PROMISE]
+        return reply
+
+    return app
+
+
+SCORED = accounting.plan(30, 30, 3, delta=1e-3, target=4.0)  # the scores of three rounds
+
+
+@pytest.mark.parametrize(
+    ("text", "seeded", "leave"),
+    [
+        ("largest_epsilon: 9\ndelta: 1.0e-3", False, 3),
+        ("largest_epsilon: 3\ndelta: 1.0e-3", False, 1),
+        ("", False, 3),
+        ("scores: false", False, 0),
+        ("least_hospitals: 2\nlargest_epsilon: 9", False, 0),
+        ("largest_epsilon: 9", True, 0),
+        ("largest_epsilon: 9\nknown_noise: true\ndelta: 1.0e-3", True, 3),
+    ],
+)
+def test_scores_with_noise_leave_while_there_is_epsilon_and_are_booked(file, text, seeded, leave):
+    seen, path = [], file(text)
+
+    def watched(message, context):
+        reply = ruled(scoring(SCORED, seeded=seeded), path)(message, context)
+        if context.node_config["partition-id"] == 0 and message.metadata.message_type == "evaluate":
+            seen.append(reply.content)
+        return reply
+
+    cfg = tiny.settings("federation.fraction_evaluate=1", "federation.min_share=0", rounds=3)
+    _, tables = tiny.federate(cfg, watched)
+    assert [hospital for _, hospital, *_ in tables.scores_frame().itertuples(index=False)].count(0) == leave
+    ledger = Ledger(path.with_suffix(".ledger"))
+    assert len(ledger.entries(NOISE)) == leave and not any(promises.PROMISE in content for content in seen)
+    assert ledger.epsilon(1e-3) == pytest.approx(accounting.epsilon(SCORED.noise_multiplier, 1.0, leave, 1e-3))
+    assert leave < 3 or ledger.epsilon(1e-3) == pytest.approx(4.0, rel=2e-3)
+
+
+def test_a_damaged_ledger_lets_no_score_leave_and_its_path_stays(file, caplog):
+    path = file("largest_epsilon: 9")
+    path.with_suffix(".ledger").write_text("not json\n")
+    cfg = tiny.settings("federation.fraction_evaluate=1", rounds=1)
+    with pytest.raises(policy.Refused, match="ledger cannot be read, and so nothing leaves"):
+        policy._spent(policy.load(path), 1, promises.promise(SCORED, 1)[promises.PROMISE])
+    assert cfg.federation.fraction_evaluate and "damaged" in caplog.text
 
 
 def test_where_privacy_is_promised_no_score_leaves_whatever_a_server_asks():
@@ -370,7 +426,7 @@ def test_a_new_policy_has_every_key_and_no_limit(tmp_path, monkeypatch, capsys):
     assert "then `python -m fedllm_helpers.policy --begin POLICY` begins one" in capsys.readouterr().out
     found, blank = policy.load(path), policy.Policy()
     assert vars(found) == {**vars(blank), "ledger": str(tmp_path / "new.ledger"), "scores": True}
-    assert all(one.metadata["meaning"] in path.read_text() for one in policy.fields(policy.Policy))
+    assert all(one.metadata["meaning"] in path.read_text() for one in fields(policy.Policy))
     with pytest.raises(SystemExit):
         standing.main()
     assert "is there already, and stays as it is" in capsys.readouterr().err

@@ -204,7 +204,7 @@ def test_a_patient_has_so_many_cards_and_the_rest_is_said(caplog):
     kept = [names[int(card["question"][1:])] for card in some]
     assert sorted(kept) == ["", "", "ann", "ann", "bob", "bob", "cy"] and len(set(owners)) == 5
     assert all((owners[i] == owners[j]) == (i == j or kept[i] == kept[j] != "") for i in range(7) for j in range(7))
-    assert "cards_per_patient=2: 1 of 8 cards are left out of the training" in caplog.text
+    assert "cards_per_patient=2: 1 of 8 cards are left out" in caplog.text
     assert plan.sample_rate == 2 / 5 and plan.epsilon <= 8
     assert guarantees.planned(small, table)[1]["question"] == some["question"], "the same ones in every round"
     alone = guarantees.planned(config.load(small, "federation.privacy.record.cards_per_patient=null"), table)
@@ -339,8 +339,18 @@ def test_a_private_and_masked_federation_tells_no_losses():
         (["federation.privacy.record.epsilon=inf"], "allowed is from"),
         (
             ["federation.privacy.client.noise_multiplier=1", "federation.fraction_evaluate=0.5"],
-            "would leave unprotected",
+            "scores would leave unprotected; set federation.privacy.scores.epsilon",
         ),
+        (
+            [
+                "federation.privacy.client.noise_multiplier=1",
+                "federation.fraction_evaluate=0.5",
+                "federation.privacy.scores.epsilon=1",
+            ],
+            "hides one card, and federation.privacy.client promises to hide a hospital",
+        ),
+        (["federation.privacy.scores.epsilon=1"], "no hospital scores; set federation.fraction_evaluate, too"),
+        (["federation.privacy.scores.largest_nll=4"], "nothing is protected without epsilon"),
         (["federation.privacy.client.noise_multiplier=1", "federation.strategy=QFedAvg"], "stay at home"),
         (["federation.privacy.client.noise_multiplier=1", "federation.strategy=Krum"], "compares replies"),
     ],

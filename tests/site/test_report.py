@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from fedllm_helpers import config
 from fedllm_helpers.federation.provenance import provenance
-from fedllm_helpers.federation.tables import CLIENTS, HISTORY
+from fedllm_helpers.federation.tables import CLIENTS, HISTORY, SCORES
 from fedllm_helpers.privacy import audit_log
 from fedllm_helpers.site import card, commands, kept, report
 
@@ -27,8 +27,8 @@ def run(tmp_path):
     clients = [(1, 0, "used"), (1, 1, "it failed: <script>alert(1)</script>"), (2, 0, "used"), (2, 1, "used")]
     rows = [{"round": a, "client": b, "status": c, "bytes_up": 1, "bytes_down": 2} for a, b, c in clients]
     pd.DataFrame(rows, columns=CLIENTS).to_csv(tmp_path / "clients.csv", index=False)
-    rows = [(1, 0, 40, 2.75), (2, 0, 40, 2.5), (1, 1, 30, 2.5), (2, 1, 30, 2.625)]
-    pd.DataFrame(rows, columns=["round", "client", "cards", "nll"]).to_csv(tmp_path / "scores.csv", index=False)
+    rows = [(1, 0, 40, 2.75, 0.0), (2, 0, 40, 2.5, 0.0), (1, 1, 30, 2.5, 0.0), (2, 1, 30, 2.625, 0.25)]
+    pd.DataFrame(rows, columns=SCORES).to_csv(tmp_path / "scores.csv", index=False)
     origin = provenance(cfg, fingerprint={"cards": "c" * 64, "model": "d" * 64})
     (tmp_path / "provenance.json").write_text(json.dumps(origin))
     (tmp_path / "adapter").mkdir()
@@ -60,7 +60,7 @@ def test_the_report_is_one_file_with_every_number(run):
     assert loads and all(value.startswith("data:") for value in loads)
     assert all(given.get("alt") for tag, given in page.tags if tag == "img")
     assert sum(given.get("class") == "missed" for _, given in page.tags) == 1
-    assert "2.625" in text and "num_rounds: 2" in page.text
+    assert "2.625" in text and "noise, of a standard deviation of up to 0.25" in text and "num_rounds: 2" in page.text
 
 
 def test_the_hospitals_own_report(tmp_path):
@@ -76,7 +76,7 @@ def test_the_card_is_one_that_the_hub_reads(run):
     assert found.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct" and found.data.library_name == "peft"
     values = {one.dataset_name: one.metric_value for one in found.data.eval_results}
     assert values["the server's held-out cards, at the end"] == 2.5 and values["the same cards, untuned"] == 3.1
-    assert values["hospital 1, its own 30 held-out cards"] == 2.625
+    assert values["hospital 1, its own 30 held-out cards, with noise of 0.25"] == 2.625
     assert "| hospitals that missed a round | 1 (1) |" in found.text and "ε = 8" in found.text
     assert "not medical advice" in found.text and "cards cccccccccccccccc…" in found.text
     card.write(run)  # again, over its own
@@ -89,13 +89,14 @@ def test_the_card_is_one_that_the_hub_reads(run):
 PROMISES = {
     "federation.privacy.client.noise_multiplier=0.5": "noise on the average (noise multiplier 0.5",
     "federation.secure_aggregation.threshold=4": "sums of 4 hospitals",
+    "federation.privacy.scores.epsilon=4 federation.fraction_evaluate=1": "for each held-out card, ε = 4 at δ = 0.001",
     "seed=0": "none: neither noise nor masks",
 }
 
 
 @pytest.mark.parametrize("setting", PROMISES)
 def test_what_was_promised_is_said(setting, run):
-    given = provenance(config.load("cpu", setting))
+    given = provenance(config.load("cpu", *setting.split()))
     (run / "provenance.json").write_text(json.dumps(given))
     assert PROMISES[setting] in kept.read(run).promised()
 
