@@ -1,7 +1,6 @@
 """The two Flower apps without a network: all in this process (default), side by side in several, or on Ray."""
 
 import contextlib
-import gc
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -175,7 +174,7 @@ def _begin(settings: str, scratch: str, threads: int) -> None:
     client_app.own_cards(cfg, 0)
     shared.take(base_model(cfg)[0], scratch)
     memory.release()
-    gc.freeze()  # as the server does for its clients in one process: see memory.loaded_set_aside
+    memory.set_aside()  # as the server does for its clients in one process
 
 
 def _record(context: Context, origin: dict[str, Any], personal: dict[int, Adapter]) -> FederatedRecord:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 FEW = 10_000  # under Python 3.12, 375 objects were frozen before anyone froze any
+_aside = False  # whether that was done here: to count what is set aside takes as long as a step of a thin model
 
 
 @contextlib.contextmanager
@@ -17,14 +18,23 @@ def loaded_set_aside() -> Iterator[None]:
     one for every training, and some of Flower's strategies several for every round. Within another such block, or
     where a program has frozen its objects itself (more than :data:`FEW`), this does nothing.
     """
-    ours = gc.get_freeze_count() < FEW
+    global _aside
+    ours = not _aside and gc.get_freeze_count() < FEW
     if ours:
-        gc.freeze()
+        set_aside()
     try:
         yield
     finally:
         if ours:
             gc.unfreeze()
+            _aside = False
+
+
+def set_aside() -> None:
+    """Let garbage collections pass over what is there already, until the process ends."""
+    global _aside
+    gc.freeze()
+    _aside = True
 
 
 def release() -> None:

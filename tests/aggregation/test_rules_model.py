@@ -21,12 +21,14 @@ from fedllm_helpers.study import lab
 
 SMALL = (
     "federation.num_clients=2 federation.num_rounds=2 federation.training_arguments.max_steps=1 federation.threads=1 "
-    "federation.training_arguments.per_device_train_batch_size=2 dataset.max_cards_per_specialty=6 model.dtype=float32 "
+    "federation.training_arguments.per_device_train_batch_size=2 dataset.max_cards_per_specialty=6 "
     "train.evaluate_split=0.34 federation.evaluate_cards=6 federation.fraction_evaluate=1.0 "
+    "dataset.specialties=[ear,eye,metabolism/homeostasis] train.seq_length=64 "
     "federation.evaluate_every=5"  # before the first round and after the last
 )
 
-EXACT = ("FedIT", "FedEx-LoRA", "LoRA-XS")  # an adapter, one with edits, and one of cores: opened again, in float32
+# an adapter, one with edits, and one of cores: opened again, in bfloat16, to which edits of the base are rounded
+OPENED = {"FedIT": 1e-3, "FedEx-LoRA": 1e-2, "LoRA-XS": 1e-3}
 
 
 def small(rule, *more):
@@ -34,10 +36,10 @@ def small(rule, *more):
 
 
 @pytest.mark.parametrize(
-    "rule", [pytest.param(rule, marks=() if rule in EXACT else pytest.mark.processes) for rule in RULES]
+    "rule", [pytest.param(rule, marks=() if rule in OPENED else pytest.mark.processes) for rule in RULES]
 )
 def test_every_rule_learns_and_leaves_the_base_model_alone(rule, tmp_path):
-    cfg = small(rule, *([] if rule in EXACT else ["model.dtype=auto"]))
+    cfg = small(rule)
     model, tokenizer = base_model(cfg)
     before = {name: value.clone() for name, value in model.state_dict().items() if "base_layer" in name}
     record = simulation.run(cfg, folder=tmp_path, progress=False)
@@ -61,7 +63,7 @@ def test_every_rule_learns_and_leaves_the_base_model_alone(rule, tmp_path):
     else:
         assert history["nll"].iloc[-1] < history["nll"].iloc[0] - 0.02
         assert history["nll"].iloc[-1] == pytest.approx(history["client_nll"].iloc[-1], abs=0.5)
-        if rule in EXACT:
+        if rule in OPENED:
             _opens_in_plain_peft(cfg, record, tmp_path / "adapter", tokenizer)
 
 
@@ -69,10 +71,11 @@ def _opens_in_plain_peft(cfg, record, folder, tokenizer):
     """What lies on disk, opened without this package, scores as the server did."""
     test = data.load(cfg)[1].select(range(cfg.federation.evaluate_cards))
     again = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(embedded.fetch(), dtype=torch.float32), folder
+        AutoModelForCausalLM.from_pretrained(embedded.fetch(), dtype=base_model(cfg)[0].dtype), folder
     )
     scores = score_answers(again.eval(), tokenizer, test, cfg)
-    assert scores.nll.sum() / scores.tokens.sum() == pytest.approx(record.history["nll"].iloc[-1], rel=1e-4)
+    near = OPENED[cfg.federation.aggregation]
+    assert scores.nll.sum() / scores.tokens.sum() == pytest.approx(record.history["nll"].iloc[-1], rel=near)
 
 
 @pytest.mark.processes
@@ -112,7 +115,7 @@ def test_frozen_a_goes_with_dp_sgd_and_it_moves():
 
 def test_an_edit_is_what_it_says_on_the_real_model():
     """W + B·A against the adapter itself, in float32: the same logits to rounding."""
-    cfg = small("FedIT")
+    cfg = small("FedIT", "model.dtype=float32")
     model, _ = base_model(cfg)
     rng, start = np.random.default_rng(0), first_adapter(cfg)
     adapter = {key: value + rng.normal(0, 0.02, value.shape).astype(np.float32) for key, value in start.items()}
@@ -130,12 +133,7 @@ def test_an_edit_is_what_it_says_on_the_real_model():
 
 
 def test_a_poisoned_hospital_is_used_and_does_harm_and_the_median_holds():
-    three = [
-        "federation.num_clients=3",
-        "federation.num_rounds=1",
-        "federation.fraction_evaluate=0",
-        "model.dtype=auto",
-    ]
+    three = ["federation.num_clients=3", "federation.num_rounds=1", "federation.fraction_evaluate=0"]
     cfg = small("FedIT", *three)
     honest = simulation.run(cfg, progress=False)
     for kind in poisoning.KINDS:

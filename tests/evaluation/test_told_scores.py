@@ -83,7 +83,3 @@ def test_a_federation_that_promises_privacy_scores_with_noise(promise):
     assert record.scores["cards"].tolist() == sizes * 2 and record.scores["nll"].between(0, 8).all()
     assert record.scores["noise"].tolist() == pytest.approx([guarantees.score_noise(cfg, n) for n in sizes * 2])
     assert record.clients["loss_before"].isna().all() and record.history["client_nll"].iloc[-1] > 0
-    again = simulation.run(cfg, progress=False)
-    assert again.scores.equals(record.scores), "the noise has a seed"
-    free = simulation.run(config.load(cfg, "federation.privacy.noise_seed=null"), progress=False)
-    assert not np.isclose(free.scores["nll"], record.scores["nll"]).any()

@@ -40,6 +40,15 @@ def test_garbage_of_the_block_is_collected_and_what_was_there_is_passed_over(by_
     assert before() is None
 
 
+def test_within_a_block_nobody_counts_what_is_set_aside(monkeypatch):
+    with memory.loaded_set_aside():
+        monkeypatch.setattr(gc, "get_freeze_count", lambda: pytest.fail("that walks all objects"))
+        with memory.loaded_set_aside():
+            pass
+    monkeypatch.undo()
+    assert gc.get_freeze_count() < memory.FEW
+
+
 def test_a_federation_sets_aside_and_takes_up_again():
     seen = []
 
