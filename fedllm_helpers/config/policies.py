@@ -29,8 +29,8 @@ class Policy:
     least_hospitals: int | None = _key(None, "that open a masked sum; without masks nothing leaves")
     scores: bool | None = _key(
         None,
-        "whether scores of held-out cards may leave without noise; null: if no ε, noise or number of hospitals is "
-        "asked for. With noise they may where largest_epsilon has room for them and least_hospitals is null",
+        "whether scores of held-out cards may leave: false is never, true also without noise. Null: with noise that "
+        "largest_epsilon has room for; without it, too, if no ε, noise or number of hospitals is asked for",
     )
     losses: bool = _key(True, "whether losses, tokens and seconds may leave in a run that promises no privacy")
     rules: list[str] | None = _key(None, "of combining adapters that are followed, by name; FedIT is the plain average")
@@ -56,7 +56,7 @@ def load(path: str | Path) -> Policy:
     found.ledger = str(home.parent / Path(found.ledger or home.with_suffix(".ledger")).expanduser())
     if found.scores is None:
         limits = (found.largest_epsilon, found.least_noise_multiplier, found.least_hospitals)
-        found.scores = all(limit is None for limit in limits)
+        found.scores = True if all(limit is None for limit in limits) else None
     return found
 
 

@@ -29,7 +29,7 @@ def _check_privacy(cfg: DictConfig) -> None:
             f"federation.privacy.record: epsilon={how.record.epsilon} and "
             f"noise_multiplier={how.record.noise_multiplier} are both set; the one follows from the other, so set one"
         )
-    if how.record.cards_per_patient is not None and not promises(cfg)[0]:
+    if how.record.cards_per_patient is not None and not promises(cfg)[0] and how.scores.epsilon is None:
         raise ValueError("federation.privacy.record.cards_per_patient says whom DP-SGD protects: set epsilon, too")
     if any(promises(cfg)):
         _check_silence(cfg)
@@ -55,15 +55,16 @@ def _check_silence(cfg: DictConfig) -> None:
     """Where privacy is promised, losses stay with those who have the cards."""
     if cfg.federation.strategy == "QFedAvg":
         raise ValueError("federation.strategy=QFedAvg: it weights by losses, and with privacy they stay at home")
-    if cfg.federation.fraction_evaluate and cfg.federation.privacy.scores.epsilon is None:
-        raise ValueError(
-            f"federation.fraction_evaluate={cfg.federation.fraction_evaluate}: hospitals' scores would leave "
-            "unprotected; set federation.privacy.scores.epsilon, and they get noise, or set this to 0"
-        )
+    scored = f"federation.fraction_evaluate={cfg.federation.fraction_evaluate}"
     if cfg.federation.fraction_evaluate and promises(cfg)[1]:
         raise ValueError(
-            f"federation.fraction_evaluate={cfg.federation.fraction_evaluate}: noise on a score hides one card, and "
-            "federation.privacy.client promises to hide a hospital; set this to 0"
+            f"{scored}: noise on a score hides one card, and federation.privacy.client promises to hide a hospital; "
+            "set this to 0"
+        )
+    if cfg.federation.fraction_evaluate and cfg.federation.privacy.scores.epsilon is None:
+        raise ValueError(
+            f"{scored}: hospitals' scores would leave unprotected; set federation.privacy.scores.epsilon, and they get "
+            "noise, or set this to 0"
         )
     if training_arguments.trackers(within_a_round(cfg).get("report_to")):
         raise ValueError(
@@ -102,6 +103,8 @@ def _check_promises(cfg: DictConfig) -> None:
         (masked, "secure_aggregation", SecureAggregation, how.secure_aggregation, "threshold"),
     ):
         for item in () if there else fields(schema):
+            if item.name == "cards_per_patient" and scored:
+                continue  # patients whose scores are protected
             if settings[item.name] != item.default:
                 raise ValueError(
                     f"federation.{key}.{item.name}={settings[item.name]}: nothing is protected without {needed}; set "

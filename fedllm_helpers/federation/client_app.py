@@ -38,19 +38,19 @@ def _masks(context: Context) -> dict[str, float]:
     return noise.orders(settings(context))
 
 
-def _silent(context: Context) -> bool:
-    return noise.silent(settings(context))
+def _promised(context: Context) -> bool:
+    return noise.promised(settings(context))
 
 
-def _closed(context: Context) -> bool:
-    return noise.closed(settings(context))
+def _unscored(context: Context) -> bool:
+    return noise.unscored(settings(context))
 
 
 def _own(context: Context) -> tuple["Dataset", "Dataset"]:
     return node_cards(context, int(context.node_config["partition-id"]))
 
 
-PROMISED, CLOSED = guards.promised(_masks, _closed), guards.closed(_silent)
+PROMISED, CLOSED = guards.promised(_masks, _unscored), guards.closed(_promised)
 OUTSIDE = [packing.client_mod, audit_log.mod, policy.mod, PROMISED, compression.mod, masked_clients.mod]
 MODS = [*OUTSIDE, rules.mod, CLOSED, at_home.mod_for(settings, _own)]
 app = ClientApp(mods=MODS)
@@ -64,7 +64,7 @@ def introduce(message: Message, context: Context) -> Message:
     if not isinstance(hospital, int) or not 0 <= hospital < hospitals:
         raise ValueError(f"partition-id={hospital}: num-partitions={hospitals} has hospitals 0 to {hospitals - 1}")
     if not node_settings.simulated(context):  # a folder that is not there is said before anyone trains
-        node_cards(context, hospital)
+        told_scores.promised(settings(context), node_cards(context, hospital)[1])
     numbers = {"partition-id": hospital, "num-partitions": hospitals}
     return Message(RecordDict({"metrics": MetricRecord(numbers)}), reply_to=message)
 
@@ -209,7 +209,8 @@ def _all_cards(text: str) -> tuple[list["Dataset"], list["Dataset"]]:
 def check_cards(cfg: DictConfig) -> None:
     """Raise ValueError, in one line and before anyone trains, for hospitals whose cards the settings do not fit."""
     for hospital in range(cfg.federation.num_clients):
-        cards = own_cards(cfg, hospital)[0]
+        cards, test = own_cards(cfg, hospital)
+        told_scores.promised(cfg, test)
         if training.guarantees.planned(cfg, cards)[0] is None:
             batch = len(_first_batch(cards_of_round(cards, cfg, 1, hospital), training.round_config(cfg)))
             if batch > len(cards):

@@ -221,7 +221,7 @@ def _begin(
         first = [{"round": 0, "nll": options.evaluate(adapter)}] if options.evaluate else []
         return adapter, Tables(first), 0
     resumed.given_back(before, chain.top, grid)
-    if noise.silent(cfg):
+    if noise.promised(cfg):
         logger.warning("a round that was cut off is sent again: its privacy is paid for twice, and counted once")
     if options.progress:
         print(f"going on after round {before.number} of {total} from {options.folder}", flush=True)

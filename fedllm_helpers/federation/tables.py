@@ -47,7 +47,8 @@ class Tables:
     def scores_frame(self) -> pd.DataFrame:
         """A row per round and hospital that scored the average: nats per answer token on its own held-out cards.
 
-        ``noise`` is the standard deviation of what ``federation.privacy.scores`` added to them; 0 for none.
+        ``noise`` is the standard deviation of what ``federation.privacy.scores`` added; 0 for none. With it a score is
+        the mean over cards of each card's nats per token: :func:`fedllm_helpers.evaluation.told_scores.protected`.
         """
         rows = [(row["round"], *score) for row in self.history for score in row.get("own", ())]
         return pd.DataFrame(rows, columns=SCORES)

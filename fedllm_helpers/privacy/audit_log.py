@@ -108,7 +108,7 @@ def mod(message: Message, context: Context, call_next: Callable[[Message, Contex
         raise
     content = reply.content if reply.has_content() else RecordDict()
     told = sorted({name for record in content.metric_records.values() for name in record})
-    spent = _spent(context) if entry["kind"] == "train" else {}
+    spent = _spent(context) if entry["kind"] in ("train", "evaluate") else {}
     _write(str(path), entry | {"sent": digest(content), "told": told, **spent})
     return reply
 
@@ -124,7 +124,7 @@ def _write(path: str, entry: dict[str, Any]) -> None:
 
 
 def _spent(context: Context) -> dict[str, float]:
-    """ε of any one card so far, where the node has a policy and DP-SGD ran."""
+    """ε of any one card so far, where the node has a policy and noise was added."""
     found = policy.of(context)
     ledger = Ledger(found.ledger) if found else None
     return {"epsilon": round(ledger.epsilon(found.delta), 4)} if ledger and ledger.entries(NOISE) else {}

@@ -17,12 +17,12 @@ Next = Callable[[Message, Context], Message]
 Mod = Callable[[Message, Context, Next], Message]
 
 
-def promised(masks: Callable[[Context], Mapping[str, Any]], silent: Callable[[Context], bool]) -> Mod:
+def promised(masks: Callable[[Context], Mapping[str, Any]], unscored: Callable[[Context], bool]) -> Mod:
     """A mod that refuses orders against what was promised; it stands without :func:`masked_clients.mod`.
 
     Args:
         masks: what the orders of a masked round have to say, such as ``threshold``; nothing where there are no masks.
-        silent: whether the run promises privacy and no noise on scores, so that these stay here.
+        unscored: whether the run promises privacy and no noise on scores, so that these stay here.
     """
 
     def mod(message: Message, context: Context, call_next: Next) -> Message:
@@ -34,18 +34,18 @@ def promised(masks: Callable[[Context], Mapping[str, Any]], silent: Callable[[Co
         for name, value in wanted.items() if given is not None and kind != "query.keys" else ():
             if given.get(name) != value:
                 raise ValueError(f"masks were promised with {name}={value}, and the order says {given.get(name)}")
-        if kind == "evaluate" and silent(context):
+        if kind == "evaluate" and unscored(context):
             raise ValueError("privacy was promised, and scores of cards leave without any: nothing is sent")
         return call_next(message, context)
 
     return mod
 
 
-def closed(silent: Callable[[Context], bool]) -> Mod:
+def closed(private: Callable[[Context], bool]) -> Mod:
     """A mod that says nothing of an app's error where privacy is promised: its text may quote a card; it stands last.
 
     Args:
-        silent: whether the run promises privacy.
+        private: whether the run promises privacy.
     """
 
     def mod(message: Message, context: Context, call_next: Next) -> Message:
@@ -55,7 +55,7 @@ def closed(silent: Callable[[Context], bool]) -> Mod:
         except policy.Refused:
             raise
         except Exception as error:
-            if not silent(context):
+            if not private(context):
                 raise
             kind = kind_of(message)
             logger.exception("%s failed", kind)

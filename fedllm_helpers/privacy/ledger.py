@@ -15,7 +15,7 @@ from fedllm_helpers import limits
 from fedllm_helpers.privacy import accounting
 
 logger = logging.getLogger(__name__)
-# kinds of entries: the first; an order to train that was answered; a mechanism of DP-SGD
+# kinds of entries: the first; an order to train that was answered; a mechanism of DP-SGD, or noise on a score
 BEGUN, ROUND, NOISE = "begun", "round", "noise"
 BEGIN = "`python -m fedllm_helpers.policy --begin POLICY` begins one"
 MECHANISM = ("noise_multiplier", "sample_rate", "steps")

@@ -65,7 +65,12 @@ def silent(cfg: "DictConfig") -> bool:
     return any(value is not None for value in private) or bool(cfg.federation.secure_aggregation.threshold)
 
 
-def closed(cfg: "DictConfig") -> bool:
+def promised(cfg: "DictConfig") -> bool:
+    """Whether anything is promised: for what is trained, or for scores."""
+    return silent(cfg) or cfg.federation.privacy.scores.epsilon is not None
+
+
+def unscored(cfg: "DictConfig") -> bool:
     """Whether no score may leave: where losses do not, and no noise is promised for scores."""
     return silent(cfg) and cfg.federation.privacy.scores.epsilon is None
 

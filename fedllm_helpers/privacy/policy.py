@@ -82,20 +82,23 @@ def mod(message: Message, context: Context, call_next: Callable[[Message, Contex
 
 def _scored(policy: Policy, message: Message, context: Context, call_next: Callable) -> Message:
     """The reply with a score: as it is where the policy lets scores leave, or with noise that its ε has room for."""
-    none = Refused("this hospital's policy: scores=false")
-    if not policy.scores and (policy.largest_epsilon is None or policy.least_hospitals):
-        raise none
+    with_noise = policy.scores is None and policy.largest_epsilon is not None and not policy.least_hospitals
+    if not policy.scores and not with_noise:
+        raise Refused("this hospital's policy: scores=false")
+    ledger = Ledger(policy.ledger)
+    if with_noise:
+        with _at_home(), ledger.held():
+            _check_left(policy)
     reply = call_next(message, context)
     if reply.has_error():
         return reply
     given = reply.content.pop(PROMISE, None)
-    if given is None:
-        if not policy.scores:
-            raise none
-        return reply
-    _check_seed(policy, given)
-    with _at_home(), (ledger := Ledger(policy.ledger)).held():
-        ledger.add(_spent(policy, context.run_id, given))
+    if given is None and not policy.scores:
+        raise Refused("this hospital's policy: scores leave with noise alone, and this has none")
+    if given is not None:
+        _check_seed(policy, given)
+        with _at_home(), ledger.held():
+            ledger.add(_spent(policy, context.run_id, given))
     return reply
 
 
@@ -147,10 +150,15 @@ def _check_round(policy: Policy, entry: dict[str, Any]) -> None:
     answered = _known(Ledger(policy.ledger))
     if policy.most_rounds is not None and len(answered) >= policy.most_rounds:
         raise Refused(f"this hospital's policy: most_rounds={policy.most_rounds}, all answered")
-    if policy.largest_epsilon is not None and Ledger(policy.ledger).epsilon(policy.delta) >= policy.largest_epsilon:
-        raise Refused(f"this hospital's policy: largest_epsilon={policy.largest_epsilon} over all runs, all spent")
+    _check_left(policy)
     if "update" in entry and any(one.get("update") == entry["update"] for one in answered):
         raise Refused("this very update left behind masks before, and two sums with it could be told apart")
+
+
+def _check_left(policy: Policy) -> None:
+    _known(Ledger(policy.ledger), NOISE)  # one that is damaged is said without its path
+    if policy.largest_epsilon is not None and Ledger(policy.ledger).epsilon(policy.delta) >= policy.largest_epsilon:
+        raise Refused(f"this hospital's policy: largest_epsilon={policy.largest_epsilon} over all runs, all spent")
 
 
 def _known(ledger: Ledger, kind: str = ROUND) -> list[dict[str, Any]]:

@@ -31,8 +31,8 @@ class Kept:
         how = self.origin["config"]["federation"]
         record, client = how["privacy"]["record"], how["privacy"]["client"]
         said = []
+        whom = "patient" if record["cards_per_patient"] else "card"
         if record["epsilon"] is not None or record["noise_multiplier"] is not None:
-            whom = "patient" if record["cards_per_patient"] else "card"
             given = f"ε = {record['epsilon']:g}" if record["epsilon"] is not None else ""
             given = given or f"a noise multiplier of {record['noise_multiplier']:g} a step"
             said.append(f"for each {whom}, {given} at δ = {record['delta']:g}, by DP-SGD at the hospitals")
@@ -43,7 +43,7 @@ class Kept:
             said.append(f"masks: the server opens sums of {how['secure_aggregation']['threshold']} hospitals or more")
         if (scores := how["privacy"]["scores"])["epsilon"] is not None:
             given = f"ε = {scores['epsilon']:g} at δ = {scores['delta']:g}"
-            said.append(f"for each held-out card, {given}, by noise on the hospitals' scores")
+            said.append(f"for each held-out {whom}, {given}, by noise on the hospitals' scores")
         if said and how["privacy"]["noise_seed"] is not None:
             said.append("but the noise has a known seed, and whoever knows it can take the noise off")
         return "; ".join(said) or "none: neither noise nor masks"

@@ -78,7 +78,7 @@ def _of_run(run: kept.Kept) -> str:
         table = run.scores.pivot_table(index="client", columns="round", values="nll")
         said = "The average on each hospital's own held-out cards. One whose numbers rise loses by taking part."
         if (noise := run.scores["noise"].max()) > 0:
-            said += f" The numbers have noise, of a standard deviation of up to {noise:.2g}."
+            said += f" They are means over cards, with noise of a standard deviation of up to {noise:.2g}."
         parts.append(
             ("Hospital by hospital", said, "", "", _html(table.round(3).rename_axis(columns=None), "hospital"))
         )

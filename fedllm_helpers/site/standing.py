@@ -30,7 +30,8 @@ def standing(path: str | Path) -> str:
     rows.append(("rounds answered", *_left(found.most_rounds, len(rounds))))
     lines = [f"{what:28} {limit:>10} {so_far:>10} {left:>10}".rstrip() for what, limit, so_far, left in rows]
     others = [one.name for one in fields(found) if one.name not in ("largest_epsilon", "most_rounds", "delta")]
-    lines += [f"{name}: {_text(getattr(found, name))}" for name in others]
+    lines += [f"{name}: {_text(getattr(found, name))}" for name in others if name != "scores"]
+    lines.append(f"scores: {'with noise alone' if found.scores is None else _text(found.scores)}")
     if open_ := sum(not one.get("private") for one in rounds):
         lines.append(f"rounds that promised nothing, beside that ε: {open_}")
     if rounds:

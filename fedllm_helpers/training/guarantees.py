@@ -89,8 +89,9 @@ def score_privacy(cfg: DictConfig, cards: int) -> RecordPrivacy | None:
     """What is promised of a hospital's held-out cards if every round asks for its score; None where nothing is.
 
     A score is a mean over cards, each counted with 0 to ``largest_nll`` nats per token. Measured from the middle of
-    these, one card moves the sum by half of ``largest_nll``: that is ``clipping_norm``, or so often as
-    ``record.cards_per_patient`` has it. Neighbouring: a card, or one that is just in the middle.
+    these, one card moves the sum by half of ``largest_nll``: that is ``clipping_norm``, times
+    ``record.cards_per_patient`` where that is set. Neighbouring: a card, or one that is just in the middle. A
+    round that is sent again is paid for again, and not counted here.
 
     Args:
         cfg: its ``federation.privacy.scores`` gives ε, and the noise follows.

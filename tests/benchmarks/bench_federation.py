@@ -7,7 +7,8 @@ Trainer up). "wall" has the loading in it; with Ray every actor loads for itself
 by side every worker before it. "whole" is the wall time of the process, imports included: what "start-up included"
 means below. Memory is the proportional set size of the whole process tree, sampled twice a second. The clients of
 the last table have adapters of 16 numbers and do nothing with them: what is left is the server, the messages and
-their serialisation.
+their serialisation. Before it, crowds with the real model take one step each; ``… bench_federation.py crowd 1000``
+adds one of so many, for a quarter of an hour and more.
 """
 
 import json
@@ -24,6 +25,8 @@ ALONE, ONE = "in process, all cores", "in process, one thread"
 PAIR, RAY = "side by side, two workers", "Ray, two actors"
 SINGLE = [(ONE, "in-process"), (PAIR, "side-by-side"), (RAY, "ray")]  # of one thread for each hospital
 RATIOS = [(PAIR, ALONE), (PAIR, ONE), (PAIR, RAY), (RAY, ALONE)]
+CROWD = ["federation.num_rounds=1", "federation.training_arguments.max_steps=1", "dataset.max_cards_per_specialty=null"]
+CROWD += ["federation.training_arguments.per_device_train_batch_size=2", "federation.threads=1"]
 RUN = ["federation.num_clients=8", "federation.num_rounds=3", "federation.partition=iid", "federation.evaluate_every=0"]
 
 
@@ -93,6 +96,16 @@ def measured(*arguments):
     return json.loads(out.decode().strip().splitlines()[-1]), peak
 
 
+def crowds(counts):
+    """Print a table of hospitals that each train the real model for a step, in one process."""
+    heads = ("s a client", "of it the server's", "peak GB")
+    print(f"\n{'real model, clients':>24s}" + "".join(f"{head:>20s}" for head in heads))
+    for count in map(int, counts):
+        figures, peak = measured("run", "in-process", *CROWD, f"federation.num_clients={count}")
+        each, own = (value / count for value in (figures["run"], figures["run"] - figures["clients"]))
+        print(f"{count:24,d}{each:20.2f}{own:20.3f}{peak / 1e9:20.2f}", flush=True)
+
+
 def main():
     """Print the tables."""
     times = ("whole", "wall", "loading", "rounds", "clients", "training")
@@ -114,6 +127,7 @@ def main():
             ratios = [mine / theirs for mine, theirs in zip(kept[one], kept[other], strict=True)]
             said = "wall with start-up {:.2f}, the last two rounds {:.2f}, peak memory (PSS) {:.2f}".format(*ratios)
             print(f"{one} / {other}: {said}")
+    crowds((10, 100))
     print(f"\n{'tiny adapters, clients':>24s}{'ms a client':>13s}{'growth of the server MB':>26s}")
     for count in (10, 100, 1_000, 10_000):
         figures, _ = measured("many", str(count))
@@ -121,4 +135,5 @@ def main():
 
 
 if __name__ == "__main__":
-    {"run": on_a_backend, "many": many_clients}[sys.argv[1]](*sys.argv[2:]) if len(sys.argv) > 1 else main()
+    asked = {"run": on_a_backend, "many": many_clients, "crowd": lambda *counts: crowds(counts)}
+    asked[sys.argv[1]](*sys.argv[2:]) if len(sys.argv) > 1 else main()

@@ -26,6 +26,33 @@ def test_every_card_counts_once_and_with_so_much_at_most():
     assert max(told_scores.protected(SCORES, 8.0, 50.0, free) for _ in range(50)) <= 8
 
 
+def test_whoever_makes_a_card_overflow_learns_nothing_of_it():
+    some = AnswerScores(np.array([6.0, np.nan, np.inf]), np.array([3, 3, 3]))
+    assert told_scores.protected(some, 8.0, 0.0, np.random.default_rng(0)) == (2 + 4 + 8) / 3
+
+
+def test_cards_of_which_none_can_be_scored_are_answered_like_others(caplog):
+    more = ["federation.privacy.scores.epsilon=4", "federation.privacy.noise_seed=0", "train.seq_length=2"]
+    cfg = config.load("cpu", *SMALL.split(), *more)
+    cards = client_app.own_cards(cfg, 0)[1]
+    numbers, promise = told_scores.told(*base_model(cfg), cards, cfg, noise.noise_seed(cfg, 3, 1, 0))
+    normal = np.random.default_rng(noise.noise_seed(cfg, 3, 1, 0)).normal()
+    assert numbers["nll"] == pytest.approx(np.clip(4 + normal * guarantees.score_noise(cfg, len(cards)), 0, 8))
+    assert promise and "train.seq_length=2" in caplog.text, "it is said at home"
+    with pytest.raises(ValueError, match=r"train.seq_length=2"):
+        told_scores.told(*base_model(cfg), cards, config.load("cpu", *SMALL.split(), more[2]), noise.noise_seed(cfg, 3))
+
+
+def test_what_does_not_fit_is_said_before_anyone_trains():
+    cfg = config.load("cpu", *SMALL.split(), "federation.privacy.scores.epsilon=4")
+    for change, said in (
+        ("federation.privacy.scores.delta=0.09 dataset.max_cards_per_specialty=40", "scores.delta=0.09 is not below"),
+        ("federation.privacy.record.cards_per_patient=1", "the cards have no column patient_id"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            simulation.run(config.load(cfg, *change.split()), progress=False)
+
+
 def test_the_noise_has_the_size_that_is_said_and_hides_the_card_that_moves_most():
     cfg = config.load("cpu", *SMALL.split(), "federation.privacy.scores.epsilon=2")
     plan, size = guarantees.score_privacy(cfg, 50), guarantees.score_noise(cfg, 50)
@@ -59,6 +86,12 @@ def test_a_hospital_tells_the_noisy_mean_and_with_little_noise_the_mean_itself()
     many = config.load(strict, "federation.privacy.scores.delta=0.09", "federation.num_clients=2")
     with pytest.raises(ValueError, match="scores.delta=0.09 is not below 1 / 12 held-out cards: it promises nothing"):
         guarantees.score_privacy(many, 12)
+
+
+def test_masks_and_noisy_scores_protect_patients_without_dp_sgd():
+    more = ["federation.secure_aggregation.threshold=2", "federation.privacy.scores.epsilon=4"]
+    cfg = config.load("cpu", *SMALL.split(), *more, "federation.privacy.record.cards_per_patient=2")
+    assert guarantees.score_privacy(cfg, 5).clipping_norm == 8.0 and guarantees.record_privacy(cfg, 5) is None
 
 
 def test_of_a_patient_so_many_cards_are_scored_and_the_noise_hides_them_all():

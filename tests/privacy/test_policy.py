@@ -199,6 +199,9 @@ SCORED = accounting.plan(30, 30, 3, delta=1e-3, target=4.0)  # the scores of thr
         ("largest_epsilon: 3\ndelta: 1.0e-3", False, 1),
         ("", False, 3),
         ("scores: false", False, 0),
+        ("scores: false\nlargest_epsilon: 9", False, 0),
+        ("scores: true\nleast_hospitals: 2", False, 3),
+        ("least_noise_multiplier: 1", False, 0),
         ("least_hospitals: 2\nlargest_epsilon: 9", False, 0),
         ("largest_epsilon: 9", True, 0),
         ("largest_epsilon: 9\nknown_noise: true\ndelta: 1.0e-3", True, 3),
@@ -222,13 +225,28 @@ def test_scores_with_noise_leave_while_there_is_epsilon_and_are_booked(file, tex
     assert leave < 3 or ledger.epsilon(1e-3) == pytest.approx(4.0, rel=2e-3)
 
 
+def test_a_score_without_noise_stays_where_noise_is_asked_for_and_none_is_computed_in_vain(file, caplog):
+    cfg, path, asked = tiny.settings("federation.fraction_evaluate=1", rounds=1), file("largest_epsilon: 9"), []
+
+    def app(message, context):
+        asked.append((message.metadata.message_type, context.node_config["partition-id"]))
+        return private(PLAN)(message, context)
+
+    scores = tiny.federate(cfg, ruled(app, path))[1].scores_frame()
+    assert 0 not in scores["client"].tolist() and ("evaluate", 0) in asked
+    asked.clear(), path.write_text("largest_epsilon: 0.1\n")
+    tiny.federate(cfg, ruled(app, path))
+    assert ("evaluate", 0) not in asked, "all is spent"
+
+
 def test_a_damaged_ledger_lets_no_score_leave_and_its_path_stays(file, caplog):
     path = file("largest_epsilon: 9")
     path.with_suffix(".ledger").write_text("not json\n")
-    cfg = tiny.settings("federation.fraction_evaluate=1", rounds=1)
-    with pytest.raises(policy.Refused, match="ledger cannot be read, and so nothing leaves"):
-        policy._spent(policy.load(path), 1, promises.promise(SCORED, 1)[promises.PROMISE])
-    assert cfg.federation.fraction_evaluate and "damaged" in caplog.text
+    context, message = node(path), type("Message", (), {"content": tiny.RecordDict()})
+    message.metadata = type("Meta", (), {"message_type": "evaluate"})
+    with pytest.raises(policy.Refused, match="ledger cannot be read, and so nothing leaves") as refused:
+        policy.mod(message, context, lambda *given: pytest.fail("it was scored"))
+    assert str(path.parent) not in str(refused.value) and "damaged" in caplog.text
 
 
 def test_where_privacy_is_promised_no_score_leaves_whatever_a_server_asks():
@@ -552,5 +570,5 @@ def test_a_mechanism_that_cannot_be_is_damage(tmp_path, change):
 
 def test_a_ledger_is_found_from_any_folder_and_scores_follow_the_limits(file, tmp_path):
     path = file("ledger: mine.ledger\nlargest_epsilon: 8")
-    assert policy.load(path).ledger == str(tmp_path / "mine.ledger") and policy.load(path).scores is False
+    assert policy.load(path).ledger == str(tmp_path / "mine.ledger") and policy.load(path).scores is None
     assert policy.load(file("")).scores is True and policy.load(file("least_hospitals: 3\nscores: true")).scores is True

@@ -338,8 +338,12 @@ def test_a_private_and_masked_federation_tells_no_losses():
         (["federation.privacy.record.epsilon=8", "federation.training_arguments.max_steps=-1"], "set it from 1"),
         (["federation.privacy.record.epsilon=inf"], "allowed is from"),
         (
-            ["federation.privacy.client.noise_multiplier=1", "federation.fraction_evaluate=0.5"],
+            ["federation.privacy.record.epsilon=8", "federation.fraction_evaluate=0.5"],
             "scores would leave unprotected; set federation.privacy.scores.epsilon",
+        ),
+        (
+            ["federation.privacy.client.noise_multiplier=1", "federation.fraction_evaluate=0.5"],
+            "promises to hide a hospital; set this to 0",
         ),
         (
             [

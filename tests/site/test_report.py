@@ -60,7 +60,7 @@ def test_the_report_is_one_file_with_every_number(run):
     assert loads and all(value.startswith("data:") for value in loads)
     assert all(given.get("alt") for tag, given in page.tags if tag == "img")
     assert sum(given.get("class") == "missed" for _, given in page.tags) == 1
-    assert "2.625" in text and "noise, of a standard deviation of up to 0.25" in text and "num_rounds: 2" in page.text
+    assert "2.625" in text and "noise of a standard deviation of up to 0.25" in text and "num_rounds: 2" in page.text
 
 
 def test_the_hospitals_own_report(tmp_path):
