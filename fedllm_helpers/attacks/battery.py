@@ -23,6 +23,7 @@ class Audit:
         likelihood: log p of each canary's 1000 candidates, of shape (canaries, 1000).
         exposure, extracted: per canary.
         seconds: of training.
+        audited: the least ε that an audit of the first hospital's training shows; NaN where no card has a promise.
     """
 
     nll: np.ndarray
@@ -33,6 +34,7 @@ class Audit:
     exposure: np.ndarray
     extracted: np.ndarray
     seconds: float
+    audited: float = float("nan")
 
 
 def audit(

@@ -86,12 +86,23 @@ def relative(attacked: np.ndarray, shadows: np.ndarray, inside: np.ndarray, popu
     Raises:
         ValueError: a card that every shadow model was trained on.
     """
-    if inside.all(axis=0).any():
-        raise ValueError(f"card {int(np.argmax(inside.all(axis=0)))} was in the training of every shadow model")
-    outside = logsumexp(np.where(inside, -np.inf, shadows), axis=0) - np.log((~inside).sum(axis=0))
-    gain = attacked - outside
+    gain = attacked - outside(shadows, inside)
     known = np.sort(gain[population])
     return np.searchsorted(known, gain, side="right") / len(known)
+
+
+def outside(shadows: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Log-likelihood of each card under the shadow models without it, on average over their probabilities, (cards,).
+
+    Args:
+        shadows, inside: of :func:`relative`, of shape (models, cards).
+
+    Raises:
+        ValueError: a card that every shadow model was trained on.
+    """
+    if inside.all(axis=0).any():
+        raise ValueError(f"card {int(np.argmax(inside.all(axis=0)))} was in the training of every shadow model")
+    return logsumexp(np.where(inside, -np.inf, shadows), axis=0) - np.log((~inside).sum(axis=0))
 
 
 def membership(members: np.ndarray, others: np.ndarray, seed: int = 0) -> Roc:

@@ -24,11 +24,11 @@ from fedllm_helpers.grids import in_process
 from fedllm_helpers.models.process import base_model, first_adapter
 from fedllm_helpers.privacy import secure_aggregation as secure
 from fedllm_helpers.study.arms import KEPT, key_of, pool, run_all
-from fedllm_helpers.study.audits import COPIES, PRIVACY, SETTINGS, stage
+from fedllm_helpers.study.audits import COPIES, FEDERATED, PRIVACY, RECORD, SETTINGS, TUNED, stage
 
 logger = logging.getLogger(__name__)
 # what the server may get, and how it is trained; the masked view is the open one behind masks
-VIEWS = {"open": PRIVACY["federated"], "record ε = 8": PRIVACY["record ε = 8"]}
+VIEWS = {"open": PRIVACY["federated"], "record ε = 8": (FEDERATED, TUNED["record ε = 8"], f"{RECORD}8")}
 
 
 def first_update(cfg: DictConfig, hospital: int, rate: float) -> Adapter:

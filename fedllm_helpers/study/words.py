@@ -23,7 +23,7 @@ from fedllm_helpers.federation import client_app
 from fedllm_helpers.federation.provenance import fingerprint, provenance
 from fedllm_helpers.models.process import base_model, cpu_threads, first_adapter
 from fedllm_helpers.study.arms import KEPT, key_of, pool, run_all
-from fedllm_helpers.study.audits import PRIVACY, SETTINGS
+from fedllm_helpers.study.audits import PRIVACY, SETTINGS, TUNED
 from fedllm_helpers.study.views import first_update, masked_view
 from fedllm_helpers.training import guarantees
 
@@ -70,7 +70,7 @@ GAINED = {
     "rank 16": (ADAM_RATE, RANK.format(16, 64)),
     "rank 1": (ADAM_RATE, RANK.format(1, 4)),
     "LoRA-XS, rank 16": (ADAM_RATE, f"federation.aggregation=LoRA-XS {RANK.format(16, 64)}"),
-    "record ε = 8": (PRIVACY["record ε = 8"][1], RECORD),
+    "record ε = 8": (TUNED["record ε = 8"], RECORD),
 }
 
 

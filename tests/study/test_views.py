@@ -123,5 +123,4 @@ def test_the_stored_table_is_whole():
     assert (gains.idxmax(axis=1) == "gain: " + table["guess"]).all() and gains.sum(axis=1).abs().max() < 1e-3
     assert origin["embedded_model"] and origin["seeds"] == [0, 1, 2]
     for name, how in json.loads(json.dumps(origin["views"])).items():
-        stored = audits.PRIVACY["federated" if name == "open" else name]
-        assert tuple(how.values()) == stored, "the settings are those of the grid"
+        assert tuple(how.values()) == views.VIEWS[name], "the settings are those of the grid"
