@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: run test test-processes test-colab test-browser test-gpu test-machines lab bench bench-network lint badges site slides pages class
 
-run: .venv/ready
+run: .venv/run
 	@$(BIN)/python notebooks/run.py
 
 test: .venv/ready
@@ -13,7 +13,7 @@ test: .venv/ready
 test-processes: .venv/teaching
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder -m processes
 
-test-colab: .venv/ready
+test-colab: .venv/run
 	@$(BIN)/python -m pytest tests/test_colab.py -m colab
 
 test-browser: .venv/ready
@@ -53,9 +53,13 @@ class: .venv/teaching
 badges: .venv/ready
 	@$(BIN)/python notebooks/badges.py
 
-.venv/ready: pyproject.toml
+.venv/run: pyproject.toml
 	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else 'Python 3.11 to 3.13 is needed, and this is %d.%d: make PYTHON=python3.12 …' % v)"
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[lab]"
+	@touch $@
+
+.venv/ready: .venv/run
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[dev,lab,sim,site,track]"
 	@touch $@
 
