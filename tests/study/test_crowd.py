@@ -1,11 +1,17 @@
 """Noise on the mean of a crowd: means by hand, noise of the promised length, a small crowd that is read back."""
 
+import json
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 
 from fedllm_helpers import config
 from fedllm_helpers.privacy import accounting, noise
 from fedllm_helpers.study import crowd, frontier
+
+STORED = Path(__file__).resolve().parents[2] / "notebooks" / "results"
 
 
 @pytest.fixture
@@ -63,3 +69,17 @@ def test_a_small_crowd_learns_and_is_read_back(tmp_path, monkeypatch):
 
     monkeypatch.setattr(crowd, "updates", never)
     assert (crowd.run_kind(cfg, "LoRA-XS r 16", tmp_path)["nll"] == found["nll"]).all()
+
+
+def test_the_stored_crowd_is_whole_and_was_promised_what_the_notebook_says():
+    origin = json.loads((STORED / "crowd.json").read_text(encoding="utf-8"))
+    table = pd.read_csv(STORED / "crowd_cards.csv")
+    names = ["untuned", *(crowd.name_of(*column) for column in crowd.columns())]
+    assert table[names].notna().all(axis=None) and set(table["kind"]) == set(origin["kinds"]) == set(crowd.RATES)
+    assert sorted(set(table["seed"])) == origin["seeds"] == [0, 1, 2] and origin["embedded_model"]
+    assert (origin["epsilon"], origin["delta"], tuple(origin["clips"])) == (crowd.EPSILON, crowd.DELTA, crowd.PARTS)
+    assert origin["noise_multiplier"] == pytest.approx(crowd.multiplier(), abs=1e-4)
+    assert {kind: one["values"] for kind, one in origin["kinds"].items()} == {
+        "LoRA r 16": 921_600, "LoRA-XS r 16": 60 * 16 * 16, "LoRA-XS r 4": 60 * 4 * 4
+    }  # fmt: skip
+    assert (table.groupby("kind")["128 hospitals"].sum() < table.groupby("kind")["untuned"].sum()).all()
