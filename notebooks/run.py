@@ -1,8 +1,8 @@
 """Run the course: every notebook in order, from the folder of this file into ``build/``.
 
 ``python notebooks/run.py [NAME ...] [--inplace] [--jobs N]``: NAME picks notebooks (``01`` is enough); ``--inplace``
-also stores the fresh outputs in the notebooks themselves. Where cores and memory allow it, two or three run side
-by side, the last ones first, for they are the longest; the minutes that README names are of one alone.
+also stores the fresh outputs in the notebooks themselves. Two run side by side where there are cores and memory for it,
+which takes two thirds of the time; the minutes that README names are of one alone.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run the course's notebooks into build/.")
     parser.add_argument("names", nargs="*", help="notebooks to run, such as 01 or 02_centralized; default all")
     parser.add_argument("--inplace", action="store_true", help="store the outputs in the notebooks too")
-    parser.add_argument("--jobs", type=int, choices=(1, 2, 3), help="notebooks at a time; default by cores and memory")
+    parser.add_argument("--jobs", type=int, choices=(1, 2), help="notebooks at a time; default by cores and memory")
     arguments = parser.parse_args()
     there = sorted(HERE.glob("*.ipynb"))
     unknown = [name for name in arguments.names if not any(name and p.stem.startswith(name) for p in there)]
@@ -49,7 +49,7 @@ def main() -> int:
     BUILD.mkdir(exist_ok=True)
     jobs = arguments.jobs or (1 if arguments.inplace or len(paths) == 1 else room())
     if jobs > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     failed, rows = None, []
     try:
         rows = asyncio.run(run_all(paths, arguments.inplace, jobs))
@@ -62,13 +62,12 @@ def main() -> int:
 
 
 def room() -> int:
-    """How many notebooks may run at a time: a kernel uses up to 4 GB, and of three one mostly waits, for Flower."""
-    memory = psutil.virtual_memory().available
-    return (3 if memory > 14e9 else 2 if memory > 10e9 else 1) if (os.cpu_count() or 1) > 1 else 1
+    """How many notebooks may run at a time: a kernel uses up to 4 GB."""
+    return 2 if (os.cpu_count() or 1) > 1 and psutil.virtual_memory().available > 10e9 else 1
 
 
 async def run_all(paths: list[Path], inplace: bool, jobs: int) -> list[tuple[str, float, int | None, list[str], Path]]:
-    """The notebooks, some at a time, from the last to the first; one that fails ends the others."""
+    """The notebooks in order, some at a time; the first that fails ends the others."""
     turns, at = asyncio.Semaphore(jobs), {}
 
     async def in_turn(path: Path) -> tuple[str, float, int | None, list[str], Path]:
@@ -76,9 +75,8 @@ async def run_all(paths: list[Path], inplace: bool, jobs: int) -> list[tuple[str
             return await run(path, inplace, at)
 
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(in_turn(path)) for path in (paths if jobs == 1 else paths[::-1])]
-    rows = [task.result() for task in tasks]
-    return rows if jobs == 1 else rows[::-1]
+        tasks = [group.create_task(in_turn(path)) for path in paths]
+    return [task.result() for task in tasks]
 
 
 async def run(path: Path, inplace: bool, at: dict[str, str]) -> tuple[str, float, int | None, list[str], Path]:
