@@ -13,7 +13,7 @@ test: .venv/ready
 test-processes: .venv/teaching
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder -m processes
 
-test-colab: .venv/run
+test-colab: .venv/ready
 	@$(BIN)/python -m pytest tests/test_colab.py -m colab
 
 test-browser: .venv/ready
@@ -26,7 +26,7 @@ test-gpu: .venv/ready
 test-machines: .venv/ready
 	@$(BIN)/python tests/hosts/machines.py -m pytest tests/hosts/test_machines.py -m machines -s
 
-lab: .venv/ready
+lab: .venv/run
 	@$(BIN)/jupyter lab notebooks
 
 bench: .venv/ready

@@ -99,7 +99,8 @@ def test_one_step_on_one_card_names_most_of_its_tokens(step):
 
 def test_noise_masks_and_a_rank_of_one_name_few(step, cards, cfg):
     fresh, card, held, update = step
-    assert found(masked_view(update, 0, [60, 60, 60]), fresh, held) < 0.2 * len(held)  # masks are fresh: 0 to 3 of 35
+    masked = [found(masked_view(update, 0, [60, 60, 60]), fresh, held) for _ in range(4)]  # fresh ones: 0 to 3 of 35
+    assert np.mean(masked) <= 2
     noise = np.random.default_rng(0)
     loud = {key: value + noise.normal(0, value.std() * 10, value.shape) for key, value in update.items()}
     assert found(loud, fresh, held) < 0.2 * len(held) < found(update, fresh, held)
