@@ -14,7 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fedllm_helpers import limits, models
 from fedllm_helpers.config import checked
+from fedllm_helpers.training import memory
 from fedllm_helpers.training.batches import IGNORED, collate, encode, takes_logits_to_keep
+
+ROWS = 32  # of logits, at a time in float32: over a whole vocabulary they fit a processor's cache
 
 
 def token_losses(
@@ -55,6 +58,7 @@ def _of_tokens(
     description: str | None = None,
 ) -> list[list[np.ndarray]]:
     limits.whole("batch_size", batch_size)
+    memory.freed_used_again()
     model.eval()
     rows = encode(cards, tokenizer, checked(cfg).train.seq_length, cfg.dataset.prompt)
     order = np.argsort([len(row["input_ids"]) for row in rows], kind="stable")
@@ -93,11 +97,12 @@ def _batch(
     batch.pop("shift_labels", None)
     mask = labels != IGNORED
     with models.autocast(model):
-        logits = model(**batch, use_cache=False).logits[mask].float()
+        logits = model(**batch, use_cache=False).logits[mask]
     found = []
     for measure in measures:
         values = torch.zeros(labels.shape, device=labels.device)
-        values[mask] = measure(logits, labels[mask])
+        some = zip(logits.split(ROWS), labels[mask].split(ROWS), strict=True)
+        values[mask] = torch.cat([measure(part.float(), wanted) for part, wanted in some])
         found.append(values.double().cpu().numpy())
     return found, mask.cpu().numpy()
 

@@ -67,8 +67,9 @@ def gains(before: Audit, after: Audit, systems: Sequence[str]) -> pd.Series:
         before, after: audits, of which the last cards count; one whose loss is not finite is taken as unchanged.
         systems: the specialty of each of those cards.
     """
-    gain = (before.nll - np.where(np.isfinite(after.nll), after.nll, before.nll)) / after.tokens
-    by_system = pd.Series(gain[-len(systems) :]).groupby(np.array(systems, dtype=str)).mean()
+    was, now = (one.nll[-len(systems) :] for one in (before, after))
+    gain = (was - np.where(np.isfinite(now), now, was)) / after.tokens[-len(systems) :]
+    by_system = pd.Series(gain).groupby(np.array(systems, dtype=str)).mean()
     return by_system - by_system.mean()
 
 

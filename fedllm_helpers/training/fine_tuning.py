@@ -1,6 +1,7 @@
 """Fine-tune an adapter on flashcards with the Trainer, and the schedule over the rounds of a federation."""
 
 import contextlib
+import gc
 import logging
 import math
 import tempfile
@@ -101,7 +102,7 @@ def fine_tune(
         arguments = _training_arguments(cfg, model.device.type, learning_rate, scratch)
         trainer = (trainer or AdapterTrainer)(model, arguments, collator, rows, bar, proximal_mu)
         seconds = _train(trainer, model)
-    memory.release()
+    gc.collect()  # the Trainer refers to itself; at the end of the outermost block, memory is given back
     history = pd.DataFrame([row for row in trainer.state.log_history if "loss" in row], columns=HISTORY)
     share = 1 - trainer.tokens / max(trainer.cells, 1)
     return TrainingRecord(history, trainer.examples, trainer.tokens, share, seconds)

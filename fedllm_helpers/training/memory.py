@@ -1,12 +1,15 @@
-"""Python's and glibc's memory around a training: what is loaded is not walked again, what was freed is given back."""
+"""Python's and glibc's memory around a training: what is loaded is not walked again, what is freed is used again."""
 
 import contextlib
 import ctypes
+import functools
 import gc
 import sys
 from collections.abc import Iterator
 
 FEW = 10_000  # under Python 3.12, 375 objects were frozen before anyone froze any
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+LARGEST, KEPT = 1 << 26, 1 << 28  # bytes of a block that is used again, and of all such blocks that are free
 _aside = False  # whether that was done here: to count what is set aside takes as long as a step of a thin model
 
 
@@ -14,11 +17,13 @@ _aside = False  # whether that was done here: to count what is set aside takes a
 def loaded_set_aside() -> Iterator[None]:
     """Let garbage collections pass over what is there already, and take it up again at the end.
 
-    The libraries alone are 600,000 objects, a third of a second for each collection. Trainer and :func:`release` make
+    The libraries alone are 600,000 objects, a third of a second for each collection. Trainer and ``fine_tune`` make
     one for every training, and some of Flower's strategies several for every round. Within another such block, or
-    where a program has frozen its objects itself (more than :data:`FEW`), this does nothing.
+    where a program has frozen its objects itself (more than :data:`FEW`), this does nothing. The outermost block also
+    gives back, at its end, the memory that was freed within it and used again (:func:`freed_used_again`).
     """
     global _aside
+    freed_used_again()
     ours = not _aside and gc.get_freeze_count() < FEW
     if ours:
         set_aside()
@@ -28,6 +33,7 @@ def loaded_set_aside() -> Iterator[None]:
         if ours:
             gc.unfreeze()
             _aside = False
+            _give_back()
 
 
 def set_aside() -> None:
@@ -37,9 +43,25 @@ def set_aside() -> None:
     _aside = True
 
 
+@functools.cache
+def freed_used_again() -> None:
+    """Let glibc keep what is freed for the next use, in this process, until it is given back.
+
+    As it comes, it takes each large block from the system and returns it at once. The system clears every page of it:
+    a tenth of a step, for the logits over a whole vocabulary are such blocks.
+    """
+    if sys.platform == "linux" and (choose := getattr(ctypes.CDLL(None), "mallopt", None)):
+        choose(MMAP_THRESHOLD, LARGEST)
+        choose(TRIM_THRESHOLD, KEPT)
+
+
 def release() -> None:
-    """Give freed memory back: glibc keeps it, and batches of many shapes leave most of a gigabyte behind."""
+    """Collect garbage, and give freed memory back to the system."""
     gc.collect()
+    _give_back()
+
+
+def _give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim:
         trim(0)

@@ -14,7 +14,7 @@ import time
 import torch
 
 from fedllm_helpers import communication, config, data, models
-from fedllm_helpers.training import batches
+from fedllm_helpers.training import batches, memory
 
 REPEATS = 8
 
@@ -90,6 +90,7 @@ def other_products(model, batch):
 
 def step_of(model, batch):
     """One optimiser step on a batch, as the Trainer takes it."""
+    memory.freed_used_again()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
     def run():

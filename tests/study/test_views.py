@@ -60,6 +60,8 @@ def test_answers_of_the_attacks_are_those_by_hand():
     found = views.read(before, audit([10, 16, 14, 19, 15, 18], [9.5, 2.5]), SYSTEMS, "eye")
     assert (found["truth"], found["guess"], found["right"], found["extracted"]) == ("eye", "eye", 1, 1)
     assert found["gain: eye"] == pytest.approx(0.2) == -found["gain: heart"]  # 0.55 and 0.15 nats per token
+    of_these = views.gains(before, audit([14, 19, 15, 18]), SYSTEMS)  # of the held-out cards alone
+    assert of_these["eye"] == found["gain: eye"] and of_these["heart"] == found["gain: heart"]
     assert found["nll"] == pytest.approx(1.65) and found["exposure"] == pytest.approx(6.0)
     assert found["area"] == 0.5  # of the losses 10 and 16 against 14 and 15
     assert not views.read(before, audit([10, 16, 14, 19, 15, 18], [0.0]), SYSTEMS, "heart")["right"]

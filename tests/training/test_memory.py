@@ -1,10 +1,13 @@
 """What is loaded is set aside while a training collects its garbage, and is ordinary again afterwards."""
 
 import gc
+import sys
 import weakref
 
+import psutil
 import pytest
 import tiny
+import torch
 
 from fedllm_helpers import config, training
 from fedllm_helpers.training import memory
@@ -75,3 +78,23 @@ def test_a_training_that_fails_leaves_nothing_set_aside(fresh, cards, cfg):
     with pytest.raises(ValueError, match="leaves 108 of them no token"):
         training.fine_tune(model, tokenizer, cards[0], config.load(cfg, "train.seq_length=2"), description=None)
     assert gc.get_freeze_count() < memory.FEW
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone takes and returns")
+def test_what_is_freed_within_a_block_is_used_again_and_given_back_at_its_end():
+    resource = pytest.importorskip("resource")
+
+    def faults():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    def large():
+        torch.ones(1 << 23)  # 32 MiB: a logit of each of 49,152 tokens, at 170 positions
+
+    pages = (1 << 25) // resource.getpagesize()
+    with memory.loaded_set_aside():
+        large()
+        before, held = faults(), psutil.Process().memory_info().rss
+        for _ in range(8):
+            large()
+        assert faults() - before < 2 * pages, "eight times as many, if each took its pages anew"
+    assert held - psutil.Process().memory_info().rss > 0.9 * (1 << 25)
