@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def room() -> int:
-    """How many notebooks may compute at a time: a kernel uses up to 4 GB."""
+    """How many notebooks may compute at a time: a kernel uses up to 5 GB."""
     return 2 if (os.cpu_count() or 1) > 1 and psutil.virtual_memory().available > 10e9 else 1
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 FEW = 10_000  # under Python 3.12, 375 objects were frozen before anyone froze any
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-LARGEST, KEPT = 1 << 26, 1 << 28  # bytes of a block that is used again, and of all such blocks that are free
+LARGEST, KEPT = 1 << 26, 1 << 28  # bytes of a block that is used again, and of what stays free at the end
 _aside = False  # whether that was done here: to count what is set aside takes as long as a step of a thin model
 
 
