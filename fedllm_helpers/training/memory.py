@@ -18,13 +18,14 @@ def loaded_set_aside() -> Iterator[None]:
     """Let garbage collections pass over what is there already, and take it up again at the end.
 
     The libraries alone are 600,000 objects, a third of a second for each collection. Trainer and ``fine_tune`` make
-    one for every training, and some of Flower's strategies several for every round. Within another such block, or
-    where a program has frozen its objects itself (more than :data:`FEW`), this does nothing. The outermost block also
-    gives back, at its end, the memory that was freed within it and used again (:func:`freed_used_again`).
+    one for every training, and some of Flower's strategies several for every round. Within another such block this
+    does nothing, and where a program has frozen its objects itself (more than :data:`FEW`) they stay so. The outermost
+    block also gives back, at its end, the memory that was freed within it and used again (:func:`freed_used_again`).
     """
     global _aside
     freed_used_again()
-    ours = not _aside and gc.get_freeze_count() < FEW
+    outermost = not _aside
+    ours = outermost and gc.get_freeze_count() < FEW
     if ours:
         set_aside()
     try:
@@ -33,6 +34,7 @@ def loaded_set_aside() -> Iterator[None]:
         if ours:
             gc.unfreeze()
             _aside = False
+        if outermost:
             _give_back()
 
 

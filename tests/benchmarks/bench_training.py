@@ -30,6 +30,11 @@ def seconds(action, repeats=REPEATS):
     return statistics.median(times)
 
 
+def in_turn(*actions):
+    """Rows of seconds: each action once a turn, so that whatever slows the machine slows all of them."""
+    return [[seconds(action, 1) for action in actions] for _ in range(REPEATS)]
+
+
 def square_rate(dtype):
     """FLOP/s of a product of two 2048 × 2048 matrices."""
     a, b = torch.randn(2048, 2048, dtype=dtype), torch.randn(2048, 2048, dtype=dtype)
@@ -37,7 +42,7 @@ def square_rate(dtype):
 
 
 def bare_products(model, batch):
-    """Seconds of the frozen layers' products alone, forwards and backwards, on weights as large and as many."""
+    """The frozen layers' products alone, forwards and backwards, on weights as large and as many."""
     base, rows = model.get_base_model(), batch["input_ids"].numel()
     kept = batch["logits_to_keep"].numel() * len(batch["input_ids"])
     work = []
@@ -56,11 +61,11 @@ def bare_products(model, batch):
             torch.nn.functional.linear(x, weight)
             g @ weight
 
-    return seconds(run)
+    return run
 
 
 def other_products(model, batch):
-    """Seconds of what no step can leave out beside the frozen layers: adapter, attention products, loss."""
+    """What no step can leave out beside the frozen layers: adapter, attention products, loss."""
     shape, rows, dtype = model.get_base_model().config, batch["input_ids"].numel(), model.get_base_model().dtype
     logits = batch["logits_to_keep"].numel() * len(batch["input_ids"])
     scores = torch.randn(logits, shape.vocab_size, dtype=dtype, requires_grad=True)
@@ -85,7 +90,7 @@ def other_products(model, batch):
             back = out @ q.transpose(-1, -2)
             _ = p.transpose(-1, -2) @ out, back @ q, back.transpose(-1, -2) @ q
 
-    return seconds(run)
+    return run
 
 
 def step_of(model, batch):
@@ -116,16 +121,14 @@ def step_table(cfg, train):
     print(f"{'batch':24s}" + "".join(f"{head:>14s}" for head in heads))
     for name, chosen in (("8 median cards", middle), ("8 x 48, all labelled", full)):
         batch = batches.collate(chosen, tokenizer)
-        rate, step, bare = (
-            square_rate(model.get_base_model().dtype),
-            seconds(step_of(model, batch)),
-            bare_products(model, batch),
-        )
+        rate = square_rate(model.get_base_model().dtype)
+        taken = in_turn(step_of(model, batch), bare_products(model, batch), other_products(model, batch))
+        step, bare, other = map(statistics.median, zip(*taken, strict=True))
         tokens = int(batch["attention_mask"].sum())
         logits = batch["logits_to_keep"].numel() * len(chosen)
         course = 4 * (layers + head) * tokens / step / rate
         strict = 4 * (layers * tokens + head * logits) / step / rate
-        bound = course * step / (bare + other_products(model, batch))
+        bound = course * step / (bare + other)
         figures = (f"{tokens / step:.0f}", *(f"{figure:.2f}" for figure in (step, course, strict, bare / step, bound)))
         print(f"{name:24s}" + "".join(f"{figure:>14s}" for figure in figures))
     print(f"GEMM 2048³: {rate / 1e9:.0f} GFLOP/s in {model.get_base_model().dtype}")
@@ -147,11 +150,7 @@ def quantization_table(cfg, train):
     whole, tokenizer = models.load(cfg)
     four, _ = models.load(config.load(cfg, "model.quantization=4"))
     batch = batches.collate(batches.encode(train.select(range(8)), tokenizer, cfg.train.seq_length), tokenizer)
-    ratios = []
-    steps = step_of(whole.train(), batch), step_of(four.train(), batch)
-    for _ in range(REPEATS):
-        times = [seconds(step, 1) for step in steps]
-        ratios.append(times[1] / times[0])
+    ratios = [few / all_ for all_, few in in_turn(step_of(whole.train(), batch), step_of(four.train(), batch))]
     adapter = sum(array.nbytes for array in models.get_adapter(whole).values())
     size = [communication.weight_bytes(model.get_base_model()) - adapter for model in (whole, four)]
     print(f"4-bit step / whole step: median {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")

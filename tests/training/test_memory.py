@@ -81,7 +81,8 @@ def test_a_training_that_fails_leaves_nothing_set_aside(fresh, cards, cfg):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc alone takes and returns")
-def test_what_is_freed_within_a_block_is_used_again_and_given_back_at_its_end():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_is_freed_within_a_block_is_used_again_and_given_back_at_its_end(frozen, request):
     resource = pytest.importorskip("resource")
 
     def faults():
@@ -90,6 +91,9 @@ def test_what_is_freed_within_a_block_is_used_again_and_given_back_at_its_end():
     def large():
         torch.ones(1 << 23)  # 32 MiB: a logit of each of 49,152 tokens, at 170 positions
 
+    if frozen:  # by the program, before
+        gc.freeze()
+        request.addfinalizer(gc.unfreeze)
     pages = (1 << 25) // resource.getpagesize()
     with memory.loaded_set_aside():
         large()
