@@ -28,7 +28,8 @@ from fedllm_helpers import limits, models
 from fedllm_helpers.attacks.bounds import Mechanism, lower_bound, one_run_bound, rates_bound
 from fedllm_helpers.privacy.accounting import RecordPrivacy
 from fedllm_helpers.training import dp_sgd, guarantees
-from fedllm_helpers.training.fine_tuning import fine_tune, round_config, rounds
+from fedllm_helpers.training.fine_tuning import fine_tune
+from fedllm_helpers.training.schedule import round_config, rounds
 
 PLANTED = "canaries of a batch"  # beside the collator's own entries
 BEFORE_CLIPPING = 10.0  # norm of a canary's gradient, in units of the clipping norm, which has to cut it

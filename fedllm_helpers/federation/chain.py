@@ -7,6 +7,7 @@ from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
 from omegaconf import DictConfig, OmegaConf
 
+from fedllm_helpers import models
 from fedllm_helpers.adapters.records import Adapter
 from fedllm_helpers.adapters.screened import Screened
 from fedllm_helpers.adapters.screening import LIMITS
@@ -25,7 +26,6 @@ from fedllm_helpers.communication.compression import Compressed
 from fedllm_helpers.communication.metered import Metered
 from fedllm_helpers.config.rounds import needed
 from fedllm_helpers.federation.tables import NUMBERS
-from fedllm_helpers.models.editing import scaling
 from fedllm_helpers.privacy.audit_log import Audited
 from fedllm_helpers.privacy.masked import Masked
 from fedllm_helpers.privacy.noised import Noised
@@ -70,7 +70,7 @@ def rule(cfg: DictConfig, strategy: Strategy, hospitals: dict[int, int] | None =
     """The rule named in a configuration, around a strategy."""
     how, names = cfg.federation, hospitals if hospitals is not None else {}
     ranks = (lambda node: how.ranks[names.get(node, node)]) if how.ranks else None
-    scale = {"scale": scaling(cfg.model.lora)} if RULES[how.aggregation].single else {}
+    scale = {"scale": models.editing.scaling(cfg.model.lora)} if RULES[how.aggregation].single else {}
     return RULES[how.aggregation](strategy, seed=cfg.seed, ranks=ranks, **scale)
 
 

@@ -14,7 +14,7 @@ from fedllm_helpers import config
 from fedllm_helpers.adapters.packing import send
 from fedllm_helpers.adapters.screening import LIMITS, looked_at, read_numbers
 from fedllm_helpers.config.rounds import needed
-from fedllm_helpers.training.fine_tuning import Round
+from fedllm_helpers.training.schedule import Round
 
 logger = logging.getLogger(__name__)
 

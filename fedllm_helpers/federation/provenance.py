@@ -13,12 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from omegaconf import DictConfig, OmegaConf
 
 from fedllm_helpers import data, models
-from fedllm_helpers.models import embedded
 
 MODEL_FILES = re.compile(r".+\.(json|safetensors|bin|model|jinja)|vocab\.txt|merges\.txt")
 PIECE = 1 << 16  # bytes
@@ -39,7 +36,7 @@ def provenance(cfg: DictConfig, **more: Any) -> dict[str, Any]:
     return {
         **more,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "embedded_model": cfg.model.name == embedded.NAME,
+        "embedded_model": cfg.model.name == models.embedded.NAME,
         "machine": {
             "system": platform.system(),
             "processor": _processor(),
@@ -67,9 +64,11 @@ def fingerprint(cfg: DictConfig, cards: bool = True, seeds: Iterable[int] = ()) 
     for seed in (seeds or [cfg.seed]) if cards else ():
         for part in data.load(OmegaConf.merge(cfg, {"seed": seed})):
             found.update(json.dumps(part.to_list()).encode())
-    folder = embedded.folder_of(cfg.model.name)
+    folder = models.embedded.folder_of(cfg.model.name)
     named = [path for path in folder.iterdir() if MODEL_FILES.fullmatch(path.name)] if folder else []
-    files = sorted(path for path in named if path.name != embedded.MANIFEST)  # which has times, other on every machine
+    files = sorted(
+        path for path in named if path.name != models.embedded.MANIFEST
+    )  # which has times, other on every machine
     facts = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     return {"cards": found.hexdigest() if cards else "", "model": _sampled(facts) if files else ""}
 
@@ -98,6 +97,9 @@ def show() -> None:
             raise RuntimeError(
                 f"{name} {loaded} was loaded before {there} was installed: restart the kernel, run again"
             )
+    import torch
+    import transformers  # a server that is only imported waits for neither
+
     device, dtype = models.device_and_dtype()
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, on {device} in {dtype}")
 
@@ -114,6 +116,8 @@ def _device(cfg: DictConfig) -> dict[str, str]:
         device, dtype = models.device_and_dtype(cfg.model.device, cfg.model.dtype)
     except ValueError:  # the result is of another machine
         return {"device": cfg.model.device, "dtype": cfg.model.dtype}
+    import torch
+
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     return {"device": name, "dtype": str(dtype).removeprefix("torch.")}
 

@@ -11,13 +11,13 @@ from flwr.serverapp import Grid
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from fedllm_helpers import training
 from fedllm_helpers.adapters.records import Adapter, from_record, to_record
 from fedllm_helpers.adapters.screening import Reply
 from fedllm_helpers.federation.chain import Chain
 from fedllm_helpers.federation.nodes import Present, answers, sample
 from fedllm_helpers.federation.tables import NUMBERS, Tables, summary
-from fedllm_helpers.training.fine_tuning import Round
-from fedllm_helpers.training.guarantees import score_noise
+from fedllm_helpers.training.schedule import Round
 
 logger = logging.getLogger(__name__)
 
@@ -146,4 +146,4 @@ def _evaluate_at_clients(
 def _score(cfg: DictConfig, told: dict[str, float]) -> tuple[int, float, float]:
     """Cards, nats per answer token, and the standard deviation of the noise in them, by the settings."""
     cards = int(told["num-examples"])
-    return cards, told["nll"], score_noise(cfg, cards)
+    return cards, told["nll"], training.guarantees.score_noise(cfg, cards)

@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from omegaconf import DictConfig, OmegaConf
 
-from fedllm_helpers import data, folders, models, training
+from fedllm_helpers import data, evaluation, folders, models, training
 from fedllm_helpers.adapters import factors
 from fedllm_helpers.adapters.records import Adapter, to_record
 from fedllm_helpers.aggregation.ruled import Rule
@@ -21,7 +21,6 @@ from fedllm_helpers.aggregation.rules import scaled
 from fedllm_helpers.config.runs import settings
 from fedllm_helpers.config.training_arguments import trackers
 from fedllm_helpers.evaluation import tracking
-from fedllm_helpers.evaluation.scoring import score_answers
 from fedllm_helpers.federation import checkpoints, resumed, run_folders
 from fedllm_helpers.federation.chain import Chain, compose
 from fedllm_helpers.federation.nodes import Answers, hospitals, join
@@ -29,8 +28,6 @@ from fedllm_helpers.federation.provenance import fingerprint, provenance
 from fedllm_helpers.federation.rounds import Federation, run_round
 from fedllm_helpers.federation.tables import Tables, bar, numbers, report
 from fedllm_helpers.grids.in_process import own_errors_in_a_line, quiet_flower
-from fedllm_helpers.models import cores, editing
-from fedllm_helpers.models.process import base_model, cpu_threads, first_adapter
 from fedllm_helpers.privacy import audit_log, noise
 from fedllm_helpers.training import memory
 
@@ -72,11 +69,11 @@ def main(grid: Grid, context: Context) -> None:
     names, shown = trackers(cfg.federation.report_to), {"config": OmegaConf.to_yaml(cfg)}
     with quiet_flower(), run_folders.alone_in(folder), tracking.tracked(names, folder, shown) as track:
         cfg, answers = join(grid, cfg)
-        chain, start = compose(cfg), first_adapter(cfg)
+        chain, start = compose(cfg), models.process.first_adapter(cfg)
         if folder and apart:
             chain.audited.begin(folder / audit_log.FILE, str(context.run_id), audit_log.settings_digest(given))
         if cfg.model.lora.core:
-            chain.rule.factors = cores.sketch(base_model(cfg)[0])
+            chain.rule.factors = models.cores.sketch(models.process.base_model(cfg)[0])
         origin = _origin(cfg, given)
         keep = partial(_keep, cfg, chain.rule, folder) if folder else None
         options = Options(_evaluation(cfg, chain.rule), keep, folder, progress, track)
@@ -123,10 +120,10 @@ def _evaluation(cfg: DictConfig, rule: Rule) -> Callable[[Adapter], float] | Non
 
     def evaluate(adapter: Adapter) -> float:
         """Score an adapter."""
-        model, tokenizer = base_model(cfg)
+        model, tokenizer = models.process.base_model(cfg)
         models.set_adapter(model, adapter)
-        with cpu_threads(cfg), editing.edited(model, rule.base.summed()):
-            scores = score_answers(model, tokenizer, shown, cfg)
+        with models.process.cpu_threads(cfg), models.editing.edited(model, rule.base.summed()):
+            scores = evaluation.score_answers(model, tokenizer, shown, cfg)
         return float(scores.nll.sum() / scores.tokens.sum())
 
     return evaluate
@@ -135,9 +132,9 @@ def _evaluation(cfg: DictConfig, rule: Rule) -> Callable[[Adapter], float] | Non
 def _keep(cfg: DictConfig, rule: Rule, folder: Path, adapter: Adapter, name: str) -> None:
     if rule.keeps:  # without what hospitals keep it would open as the untuned model
         return
-    model, _ = base_model(cfg)
+    model, _ = models.process.base_model(cfg)
     if rule.base.edits:  # PEFT opens adapters, not edits: everything that was learned, as one adapter of a larger rank
-        editing.save_update(model, learned(cfg, adapter, rule), folder / name)
+        models.editing.save_update(model, learned(cfg, adapter, rule), folder / name)
         return
     models.set_adapter(model, adapter)
     models.save_adapter(model, folder / name)
@@ -145,7 +142,7 @@ def _keep(cfg: DictConfig, rule: Rule, folder: Path, adapter: Adapter, name: str
 
 def learned(cfg: DictConfig, adapter: Adapter, rule: Rule) -> Adapter:
     """Factors of everything that was learned, scale included: the adapter's product and all edits."""
-    return factors.together([scaled(adapter, editing.scaling(cfg.model.lora)), *rule.base.edits.values()])
+    return factors.together([scaled(adapter, models.editing.scaling(cfg.model.lora)), *rule.base.edits.values()])
 
 
 @memory.loaded_set_aside()

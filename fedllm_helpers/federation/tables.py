@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from fedllm_helpers.training.fine_tuning import Round
+from fedllm_helpers.training.schedule import Round
 
 HISTORY = ["round", "learning_rate", "asked", "used", "examples", "tokens", "loss_before", "loss_after", "nll"]
 HISTORY += ["client_nll", "bytes_down", "bytes_up", "client_seconds", "seconds"]

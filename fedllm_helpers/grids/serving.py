@@ -1,6 +1,7 @@
 """Inside a worker process: it answers the messages that it is handed, until whoever started it wants no more."""
 
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -66,14 +67,18 @@ class _Kept(logging.Handler):
         self.lines.append((record.name, record.levelno, record.getMessage()))
 
 
-def serve(app: str, pipe: Connection) -> None:
+def serve(app: str, pipe: Connection, environment: dict[str, str]) -> None:
     """What a worker does: answer tasks until the other end is closed.
 
     Args:
         app: what answers, from :func:`named`.
         pipe: to and from the one who started it. The first that goes up is (None, "") when it can begin, or (None, why
             not); then a (number, :class:`Answer`) for each (number, :class:`Task`) that comes.
+        environment: of the one who started it.
     """
+    gc.freeze()  # a collection would write on every page that is shared with the process this was forked from
+    os.environ.clear()
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it ends it
     scratch: list[str] = []
     end_with_parent(scratch)

@@ -22,9 +22,8 @@ class SideBySideGrid(InProcessGrid):
         app: the ClientApp, or anything called like one, that stands under a name in a module.
         num_clients: nodes; node k has ``partition-id`` k.
         run_config: what the clients find in ``context.run_config``.
-        workers: processes. They import the app while the ``with`` block begins. Where ``begin`` is set in it, a
-            function of a module, each calls that before its first message; and they delete the folder ``scratch`` if
-            this process is killed.
+        workers: processes, which import the app. Where ``begin`` is set in the ``with`` block, a function of a module,
+            each calls that before its first message; and they delete the folder ``scratch`` if this process is killed.
 
     Raises:
         ValueError: workers could not import the app.

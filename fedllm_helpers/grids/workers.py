@@ -3,22 +3,33 @@
 A process and a pipe each, by the standard library's ``multiprocessing``: when one process is killed, the executors of
 ``concurrent.futures`` and of loky (joblib's) give up what all others are at, and the pool of ``multiprocessing``, which
 is torch's, too, waits for ever. Pebble goes on, but is one more dependency for what is a page here.
+
+On Linux they are forked from its fork server, which imports libraries once for all (:func:`import_ahead`), holds them
+until this process ends, and so starts the workers of the next block at once. Elsewhere, and where there is a GPU, whose
+driver does not survive a fork, each is spawned and imports for itself.
 """
 
 import contextlib
 import logging
 import multiprocessing
+import os
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 from fedllm_helpers.grids.serving import Answer, Task, serve
 
 logger = logging.getLogger(__name__)
 PATIENCE = 1.0  # seconds until processes are looked at that say nothing
+DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of Nvidia's and AMD's GPUs, and of any under Windows
 TRIES = 3  # starts in a row that come to nothing, until there is one worker less
 SCRIPT = "a script that starts workers does so under `if __name__ == '__main__':`, because each of them imports it"
 
@@ -44,15 +55,22 @@ class Team:
     def __init__(self, app: str, workers: int) -> None:
         self.app, self.wanted, self.numbers = app, workers, count()
         self.workers: list[Worker] = []
-        self.failed = 0  # starts in a row that came to nothing
+        self.begun, self.failed = False, 0  # starts in a row that came to nothing
 
     def __enter__(self) -> "Team":
+        if forks():
+            import_ahead()  # a fork waits until that is done; meanwhile there is something else to do
+        else:
+            self._begin()
+        return self
+
+    def _begin(self) -> None:
+        self.begun = True
         try:
             self.workers += [_started(self.app) for _ in range(self.wanted)]
         except BaseException:
             self.end()
             raise
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.end()
@@ -72,6 +90,8 @@ class Team:
         Raises:
             RuntimeError: no worker could be started.
         """
+        if not self.begun:
+            self._begin()
         left, again, places = enumerate(tasks), [], {}
         while True:
             idle = [worker for worker in self.workers if worker.ready and worker.task is None]
@@ -155,12 +175,34 @@ def _check_start(said: str) -> None:
         raise error
 
 
+def import_ahead(*modules: str) -> None:
+    """Begin to import what workers need, in the process that they will be forked from; this returns at once.
+
+    Args:
+        modules: by name; those of the first call count. One that is not there is left out.
+    """
+    if forks():
+        if modules:
+            forkserver.set_forkserver_preload(list(modules))
+        with _interrupts_held_back():
+            forkserver.ensure_running()
+
+
+@cache
+def forks() -> bool:
+    """Whether workers are forked here, and not spawned."""
+    return sys.platform == "linux" and not any(Path(driver).exists() for driver in DRIVERS)
+
+
 def _started(app: str) -> Worker:
-    context = multiprocessing.get_context("spawn")
+    context: BaseContext = multiprocessing.get_context("forkserver" if forks() else "spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(app, theirs), name="hospitals")
+    process = context.Process(target=serve, args=(app, theirs, dict(os.environ)), name="hospitals")
     with _interrupts_held_back():
-        process.start()
+        try:
+            process.start()
+        except EOFError:
+            raise RuntimeError("no worker can begin: the process that they are forked from has ended") from None
     theirs.close()
     return Worker(process, ours)
 

@@ -8,10 +8,10 @@ from fedllm_helpers.faces import face
 
 NAMES = {
     "AdapterTrainer": "fine_tuning",
-    "Round": "fine_tuning",
+    "Round": "schedule",
     "TrainingRecord": "fine_tuning",
     "fine_tune": "fine_tuning",
-    "round_config": "fine_tuning",
-    "rounds": "fine_tuning",
+    "round_config": "schedule",
+    "rounds": "schedule",
 }
 __getattr__, __dir__, __all__ = face(__name__, NAMES)

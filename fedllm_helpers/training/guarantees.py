@@ -10,7 +10,7 @@ from datasets import Dataset
 from omegaconf import DictConfig
 
 from fedllm_helpers.privacy.accounting import RecordPrivacy, epsilon, plan
-from fedllm_helpers.training.fine_tuning import round_config
+from fedllm_helpers.training.schedule import round_config
 
 logger = logging.getLogger(__name__)
 

@@ -3,10 +3,13 @@
 import logging
 import os
 import signal
+import sys
 import time
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+AHEAD = "wave"  # a module that nothing here imports
 
 
 def counts(message, context):
@@ -23,10 +26,11 @@ def counts(message, context):
         os.kill(os.getpid(), signal.SIGKILL)
     if orders.get("fault") == "warn":
         logging.getLogger("fedllm_helpers.of.a.client").warning("too few cards")
-    told = ConfigRecord({"process": os.getpid(), "node": context.node_id, "of": context.node_config["num-partitions"]})
+    told = {"process": os.getpid(), "node": context.node_id, "of": context.node_config["num-partitions"]}
+    told |= {"heard": os.environ.get("TOLD", ""), "imported": AHEAD in sys.modules}
     content = {
         "arrays": ArrayRecord({"count": Array(before + 1)}),
-        "told": told,
+        "told": ConfigRecord(told),
         "given": ConfigRecord(context.run_config),
     }
     return Message(RecordDict(content), reply_to=message)

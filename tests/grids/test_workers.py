@@ -12,6 +12,7 @@ import psutil
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
+from fedllm_helpers.grids import workers as workers_module
 from fedllm_helpers.grids.in_process import CLIENT_RAISED, FIRST_CLIENT_NODE, InProcessGrid
 from fedllm_helpers.grids.side_by_side import SideBySideGrid
 
@@ -126,6 +127,13 @@ def test_a_worker_that_cannot_begin_fails_its_hospitals_with_the_reason(workers)
         assert not any(reply.has_error() for reply in ask(grid))
 
 
+def test_workers_have_the_environment_of_the_time_when_they_are_started(workers, monkeypatch):
+    monkeypatch.setenv("TOLD", "later")
+    with SideBySideGrid(clients.counts, 2, {}, 1) as grid:
+        assert all(reply.content["told"]["heard"] == "later" for reply in ask(grid))
+        assert not any(reply.content["told"]["imported"] for reply in ask(grid))
+
+
 def test_an_app_that_workers_cannot_import_is_refused():
     with pytest.raises(ValueError, match="each worker imports it from a module") as caught:
         SideBySideGrid(lambda message, context: None, 2, {}, 1)
@@ -179,6 +187,30 @@ def test_workers_end_with_their_parent(how, tmp_path):
         assert parent.returncode == -signal.SIGKILL and not (tmp_path / "scratch").exists()
     else:
         assert err.count("Traceback") == 1 and err.rstrip().endswith("KeyboardInterrupt"), err
+
+
+AHEAD = """
+import sys
+sys.path.insert(0, {folder!r})
+import clients
+from flwr.app import ConfigRecord, Message, RecordDict
+from fedllm_helpers.grids import workers
+from fedllm_helpers.grids.side_by_side import SideBySideGrid
+if __name__ == "__main__":
+    workers.import_ahead(clients.AHEAD, "no_such_module")
+    with SideBySideGrid(clients.counts, 2, {{}}, 2) as grid:
+        requests = [Message(RecordDict({{"config": ConfigRecord()}}), n, "train") for n in (2, 3)]
+        there = [reply.content["told"]["imported"] for reply in grid.send_and_receive(requests)]
+    print(there, clients.AHEAD in sys.modules)
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not workers_module.forks(), reason="workers are spawned here, and import for themselves")
+def test_workers_find_imported_what_was_imported_ahead(tmp_path):
+    (tmp_path / "program.py").write_text(AHEAD.format(folder=str(Path(__file__).parent)))
+    run = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert run.stdout.strip() == "[True, True] False" and not run.stderr, run.stderr
 
 
 @pytest.mark.processes
