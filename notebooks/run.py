@@ -11,10 +11,12 @@ import asyncio
 import base64
 import contextlib
 import io
+import multiprocessing
 import os
 import re
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -23,8 +25,6 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from pages import page
 from PIL import Image
-
-from fedllm_helpers.models import embedded
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "build"
@@ -45,7 +45,8 @@ def main() -> int:
         return 2
     paths = [p for p in there if not arguments.names or p.stem.startswith(tuple(arguments.names))]
     try:
-        embedded.fetch()
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+            apart.submit(fetch).result()
     except (OSError, ValueError) as error:
         print(f"the model is not there: {error}", file=sys.stderr)
         return 1
@@ -62,6 +63,13 @@ def main() -> int:
     if rows:
         print_table(rows)
     return 1 if failed else 0
+
+
+def fetch() -> None:
+    """Have the model on this machine: in a process of its own, whose gigabyte ends with it."""
+    from fedllm_helpers.models import embedded
+
+    embedded.fetch()
 
 
 def room() -> int:
@@ -101,7 +109,8 @@ async def run(path: Path, inplace: bool, at: dict[str, str]) -> tuple[str, float
     def say() -> None:
         clock = time.strftime("%M:%S", time.gmtime(time.perf_counter() - start))
         at[path.stem] = f"{path.stem:26s} cell {number[0]:2d} of {len(code)}  {clock}"
-        print("\r" + "  |  ".join(at.values()), end="", flush=True)
+        if sys.stdout.isatty():
+            print("\r" + "  |  ".join(at.values()), end="", flush=True)
 
     def started(cell: nbformat.NotebookNode, cell_index: int) -> None:
         number[0] = code.index(cell_index) + 1 if cell_index in code else number[0]
@@ -127,7 +136,8 @@ async def run(path: Path, inplace: bool, at: dict[str, str]) -> tuple[str, float
         error.place = f"{path.name} failed in cell {number[0]} of {len(code)}"
         raise
     say()
-    print(f"\r{at.pop(path.stem):<110s}")
+    over = "\r" if sys.stdout.isatty() else ""  # the live line
+    print(f"{over}{at.pop(path.stem):<{110 if over else 0}s}", flush=True)
     seconds, shown = time.perf_counter() - start, BUILD / f"{path.stem}.html"
     drop_widgets(notebook)
     pack_pictures(notebook)

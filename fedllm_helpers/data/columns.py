@@ -29,6 +29,7 @@ EXPECTED = (
     "expected 'question' and 'answer', 'instruction' (and 'input') and 'output', 'prompt' and 'completion', "
     "'messages', or others named by dataset.columns.question=… and dataset.columns.answer=…"
 )
+NAMELESS = "; these read like a card: is the row with the names of the columns missing?"
 
 
 def normal(name: Any) -> str:
@@ -106,7 +107,8 @@ def _pair(free: dict[str, str], mapped: dict[str, str], there: str) -> dict[str,
         pairs = [(q, a) for q in asked for a in said]
     if len(pairs) + len(chats) != 1:
         many = "several of which may be question and answer" if pairs or chats or (asked and said) else ""
-        raise ValueError(f"{there}{', ' * bool(many)}{many}; {EXPECTED}")
+        hint = NAMELESS if any(len(name) > 40 or name.rstrip().endswith(("?", ".")) for name in free.values()) else ""
+        raise ValueError(f"{there}{', ' * bool(many)}{many}; {EXPECTED}{hint}")
     if chats:
         return {"messages": chats[0]}
     found = dict(zip(("question", "answer"), pairs[0], strict=True))

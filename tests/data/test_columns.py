@@ -111,6 +111,18 @@ def test_a_wrong_mapping_is_one_line(tmp_path, columns, says):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("first", "asked"),
+    [("Was ist Gicht?;Kristalle im Gelenk.", True), ("Frage;Antwort", False), ("Nr. 1;Was hilft?;Ruhe", True)],
+)
+def test_a_file_without_names_of_columns_is_asked_for_them(tmp_path, first, asked):
+    path = tmp_path / "karten.csv"
+    path.write_text(first + "\n" + first.replace("Gicht", "Föhn") + "\n")
+    with pytest.raises(ValueError, match="has the columns") as caught:
+        data.load_flashcards(str(path))
+    assert ("is the row with the names of the columns missing?" in str(caught.value)) == asked
+
+
 SHAREGPT = {"names": ("from", "value"), "roles": ("human", "gpt")}
 
 
