@@ -28,7 +28,7 @@ from fedllm_helpers.training import memory
 
 logger = logging.getLogger(__name__)
 BACKENDS = ("in-process", "side-by-side", "ray")
-LIBRARIES = ("fedllm_helpers", "datasets", "peft", "transformers.trainer")  # what a client takes seconds to import
+LIBRARIES = ("fedllm_helpers", "flwr_datasets", "peft", "transformers.trainer")  # what a client takes seconds to import
 App = Callable[[Message, Context], Message]
 
 
