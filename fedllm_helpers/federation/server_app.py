@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,8 +69,9 @@ def main(grid: Grid, context: Context) -> None:
         logger.warning("federation.privacy.noise_seed is set: whoever knows it can take the noise off; for study only")
     names, shown = trackers(cfg.federation.report_to), {"config": OmegaConf.to_yaml(cfg)}
     with quiet_flower(), run_folders.alone_in(folder), tracking.tracked(names, folder, shown) as track:
+        first = _first_adapter(cfg, apart)
         cfg, answers = join(grid, cfg)
-        chain, start = compose(cfg), models.process.first_adapter(cfg)
+        chain, start = compose(cfg), first()
         if folder and apart:
             chain.audited.begin(folder / audit_log.FILE, str(context.run_id), audit_log.settings_digest(given))
         if cfg.model.lora.core:
@@ -88,6 +90,16 @@ def main(grid: Grid, context: Context) -> None:
             with checkpoints.kept_or_said(folder, "the last adapter with its tables"):
                 keep(adapter, "adapter")
                 _write(folder, tables, origin)
+
+
+def _first_adapter(cfg: DictConfig, apart: bool) -> Callable[[], Adapter]:
+    """What gives the adapter to start from: where nodes are waited for, its model is loaded meanwhile."""
+    if not apart:
+        return lambda: models.process.first_adapter(cfg)
+    pool = ThreadPoolExecutor(1, "model")
+    loading = pool.submit(lambda: models.process.first_adapter(cfg))
+    pool.shutdown(wait=False)
+    return loading.result
 
 
 def _origin(cfg: DictConfig, given: Mapping[str, Any]) -> dict[str, Any]:
