@@ -1,12 +1,12 @@
 """Runs of a deployed federation: hand in the two apps with their settings, follow them, and collect what they made."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import subprocess
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -128,27 +128,35 @@ def follow(running: Deployment, number: int, show: Callable[[str], None] = print
     Raises:
         RuntimeError: it did not complete, or the server is gone.
     """
-    command, seen = ["flwr", "log", str(number), CONNECTION, "--stream"], 0
-    environment = environment_of(running, SERVER)
+    now, seen, before = {}, 0, False
     try:
-        while True:
-            now = _status_or_gone(running, number)  # before the log is read: it is whole when this says finished
-            with subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-            ) as log:
-                for count, line in enumerate(log.stdout):
+        while not (before and now["status"].startswith("finished")):
+            before = bool(now)  # a stream ends when the run does, or breaks: only one that begins after that is whole
+            with _log(running, number) as lines:
+                now = _status_or_gone(running, number)  # while the other command starts
+                for count, line in enumerate(lines):
                     if count >= seen and (wanted := _telling(line)):  # a stream that broke begins anew
                         show(wanted)
                     seen = max(seen, count + 1)
-            if now["status"].startswith("finished"):
-                break
-            time.sleep(0.5)
     except KeyboardInterrupt:
         running.stop()
         raise
     if now["status"] != "finished:completed":
         raise RuntimeError(f"the run ended as {now['status']}: {now['status-details']}")
     return now
+
+
+@contextlib.contextmanager
+def _log(running: Deployment, number: int) -> Iterator[Iterable[str]]:
+    """The lines of a run's log from its beginning, as they come."""
+    command, given = ["flwr", "log", str(number), CONNECTION, "--stream"], environment_of(running, SERVER)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, env=given, **pipes) as process:
+        try:
+            yield process.stdout
+        except BaseException:
+            process.kill()  # it would wait for a server that is gone
+            raise
 
 
 def collect(running: Deployment, cfg: DictConfig, name: str = "run") -> FederatedRecord:
