@@ -75,9 +75,8 @@ def roles(table: Table, columns: Mapping[str, str]) -> dict[str, str]:
     mapped = {role: name if name in names else known[normal(name)] for role, name in columns.items()}
     twice = [role for role, name in mapped.items() if list(mapped.values()).count(name) > 1]
     if twice:
-        raise ValueError(
-            f"{there}; dataset.columns takes one of them, {mapped[twice[0]]!r}, as {' and as '.join(twice)}"
-        )
+        said = f"dataset.columns takes one of them, {mapped[twice[0]]!r}, as {' and as '.join(twice)}"
+        raise ValueError(f"{there}; {said}")
     free = {key: name for key, name in known.items() if name not in mapped.values()}
     chosen = {role: free[role] for role in OPTIONAL if role in free} | mapped
     if "messages" not in mapped:
@@ -244,9 +243,8 @@ def _say(table: Table, role: dict[str, str], left: Left, cut: list[int], same: b
 def _check_encodable(table: Table, cards: dict[str, list[str]], keep: list[int]) -> None:
     for name, texts in cards.items():
         for row, text in zip(keep, texts, strict=True):
-            half = None if text.isascii() else re.search(r"[\ud800-\udfff]", text)
-            if half:
-                raise ValueError(
-                    f"{table.name}: row {row + 1}: the {name} holds half a character ({half[0]!r}, a lone surrogate): "
-                    "write the file anew as UTF-8"
+            if not text.isascii() and (half := re.search(r"[\ud800-\udfff]", text)):
+                said = (
+                    f"the {name} holds half a character ({half[0]!r}, a lone surrogate): write the file anew as UTF-8"
                 )
+                raise ValueError(f"{table.name}: row {row + 1}: {said}")
