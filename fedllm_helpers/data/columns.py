@@ -106,7 +106,9 @@ def _pair(free: dict[str, str], mapped: dict[str, str], there: str) -> dict[str,
         pairs = [(q, a) for q in asked for a in said]
     if len(pairs) + len(chats) != 1:
         many = "several of which may be question and answer" if pairs or chats or (asked and said) else ""
-        hint = NAMELESS if any(len(name) > 40 or name.rstrip().endswith(("?", ".")) for name in free.values()) else ""
+        hint = (
+            NAMELESS if any(name.count(" ") > 5 or re.search(r"\s.*[?.]\s*$", name) for name in free.values()) else ""
+        )
         raise ValueError(f"{there}{', ' * bool(many)}{many}; {EXPECTED}{hint}")
     if chats:
         return {"messages": chats[0]}

@@ -9,13 +9,16 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
+import psutil
 from flwr.app import Context, Message
 from flwr.supercore.task_identity import TaskIdentity
 from tqdm import tqdm
@@ -79,6 +82,7 @@ def serve(app: str, pipe: Connection, environment: dict[str, str]) -> None:
     gc.freeze()  # a collection would write on every page that is shared with the process this was forked from
     os.environ.clear()
     os.environ.update(environment)
+    np.random.seed()  # of the system: no two workers throw the same dice
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it ends it
     scratch: list[str] = []
     end_with_parent(scratch)
@@ -105,6 +109,7 @@ def serve(app: str, pipe: Connection, environment: dict[str, str]) -> None:
             number, task = pipe.recv()
             scratch[:] = [task.scratch] if task.scratch else []
             pipe.send((number, _answered(whole, task, kept)))
+    _end(scratch)
 
 
 def _answered(app: Callable[[Message, Context], Message], task: Task, kept: _Kept) -> Answer:
@@ -128,11 +133,27 @@ def end_with_parent(scratch: Sequence[str] = ()) -> None:
     def follow() -> None:
         """Wait for it."""
         parent.join()
-        for folder in scratch:
-            shutil.rmtree(folder, ignore_errors=True)
-        os._exit(1)
+        _end(scratch)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+def _end(scratch: Sequence[str]) -> NoReturn:
+    for folder in scratch if _gone(multiprocessing.parent_process().pid) else ():  # else it is used by others still
+        shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
+def _gone(process: int) -> bool:
+    """Whether a process has ended, at the latest in two seconds; the system closes its files a moment before."""
+    for _ in range(20):
+        try:
+            if psutil.Process(process).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def named(app: Any) -> str:

@@ -17,9 +17,8 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from itertools import count
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -30,6 +29,7 @@ from fedllm_helpers.grids.serving import Answer, Task, serve
 logger = logging.getLogger(__name__)
 PATIENCE = 1.0  # seconds until processes are looked at that say nothing
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of Nvidia's and AMD's GPUs, and of any under Windows
+IMPORTER = os.getpid()  # a process that is forked from this one cannot use its fork server
 TRIES = 3  # starts in a row that come to nothing, until there is one worker less
 SCRIPT = "a script that starts workers does so under `if __name__ == '__main__':`, because each of them imports it"
 
@@ -55,7 +55,7 @@ class Team:
     def __init__(self, app: str, workers: int) -> None:
         self.app, self.wanted, self.numbers = app, workers, count()
         self.workers: list[Worker] = []
-        self.begun, self.failed = False, 0  # starts in a row that came to nothing
+        self.failed = 0  # starts in a row that came to nothing
 
     def __enter__(self) -> "Team":
         if forks():
@@ -65,7 +65,6 @@ class Team:
         return self
 
     def _begin(self) -> None:
-        self.begun = True
         try:
             self.workers += [_started(self.app) for _ in range(self.wanted)]
         except BaseException:
@@ -90,7 +89,7 @@ class Team:
         Raises:
             RuntimeError: no worker could be started.
         """
-        if not self.begun:
+        if not self.workers:
             self._begin()
         left, again, places = enumerate(tasks), [], {}
         while True:
@@ -178,31 +177,47 @@ def _check_start(said: str) -> None:
 def import_ahead(*modules: str) -> None:
     """Begin to import what workers need, in the process that they will be forked from; this returns at once.
 
+    What a library reads from the environment while it is imported stays as it is now.
+
     Args:
         modules: by name; those of the first call count. One that is not there is left out.
     """
     if forks():
         if modules:
             forkserver.set_forkserver_preload(list(modules))
-        with _interrupts_held_back():
+        with _interrupts_held_back(), _own_path():
             forkserver.ensure_running()
 
 
-@cache
 def forks() -> bool:
     """Whether workers are forked here, and not spawned."""
-    return sys.platform == "linux" and not any(Path(driver).exists() for driver in DRIVERS)
+    ours = sys.platform == "linux" and os.getpid() == IMPORTER
+    return ours and not any(Path(driver).exists() for driver in DRIVERS)
+
+
+@contextlib.contextmanager
+def _own_path() -> Iterator[None]:
+    """Let a Python that is started look for modules where this one does: the fork server of Python 3.11 does not."""
+    given = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), "PYTHONSAFEPATH": "1"}
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update(given)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _started(app: str) -> Worker:
     context: BaseContext = multiprocessing.get_context("forkserver" if forks() else "spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=serve, args=(app, theirs, dict(os.environ)), name="hospitals")
-    with _interrupts_held_back():
-        try:
+    import_ahead()  # a fork has the mask of what it is forked from, so that this process may be interrupted meanwhile
+    try:
+        with contextlib.nullcontext() if forks() else _interrupts_held_back():
             process.start()
-        except EOFError:
-            raise RuntimeError("no worker can begin: the process that they are forked from has ended") from None
+    except (EOFError, ConnectionError):
+        raise RuntimeError("no worker can begin: the process that they are forked from has ended") from None
     theirs.close()
     return Worker(process, ours)
 
@@ -216,6 +231,7 @@ def _interrupts_held_back() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    resource_tracker.ensure_running()  # which unblocks them when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -27,7 +27,7 @@ def counts(message, context):
     if orders.get("fault") == "warn":
         logging.getLogger("fedllm_helpers.of.a.client").warning("too few cards")
     told = {"process": os.getpid(), "node": context.node_id, "of": context.node_config["num-partitions"]}
-    told |= {"heard": os.environ.get("TOLD", ""), "imported": AHEAD in sys.modules}
+    told |= {"heard": os.environ.get("TOLD", ""), "imported": AHEAD in sys.modules, "dice": np.random.rand()}
     content = {
         "arrays": ArrayRecord({"count": Array(before + 1)}),
         "told": ConfigRecord(told),

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import clients
@@ -40,6 +41,9 @@ def counted(reply):
 def workers():
     """Two of them, for the tests of this file: each leaves them as it found them."""
     with SideBySideGrid(clients.counts, NODES, {"rate": 0.5}, 2) as grid:
+        list(grid.team.work([]))
+        while not all(worker.ready for worker in grid.team.workers):
+            grid.team._come()
         yield grid
 
 
@@ -54,6 +58,7 @@ def test_replies_come_in_order_and_any_worker_knows_what_a_client_remembers(grid
     second = ask(grid, node4={"sleep": 0.5})
     assert all(counted(reply) == [1, 1, 1] for reply in first) and all(counted(reply) == [2] * 3 for reply in second)
     told = [reply.content["told"]["process"] for reply in first + second]
+    assert len({reply.content["told"]["dice"] for reply in first + second}) == 2 * NODES, "workers throw the same dice"
     assert len(set(told)) == 2 and os.getpid() not in told
     assert told.count(told[0]) < NODES, "who is busy gets no more"
     assert all(reply.content["told"]["of"] == NODES and reply.content["given"]["rate"] == 0.5 for reply in first)
@@ -211,6 +216,71 @@ def test_workers_find_imported_what_was_imported_ahead(tmp_path):
     (tmp_path / "program.py").write_text(AHEAD.format(folder=str(Path(__file__).parent)))
     run = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert run.stdout.strip() == "[True, True] False" and not run.stderr, run.stderr
+
+
+SLOW = """
+import os
+import signal
+import time
+from fedllm_helpers.grids import workers
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts tests in the background has it ignored
+if __name__ == "__main__":
+    workers.import_ahead("slow")
+    child = os.fork()
+    if not child:
+        os._exit(workers.forks())
+    print(workers.forks(), os.waitpid(child, 0)[1], flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not workers_module.forks(), reason="workers are spawned here, and import for themselves")
+def test_an_interruption_does_not_reach_what_is_just_imported_and_a_forked_program_spawns(tmp_path):
+    (tmp_path / "program.py").write_text(SLOW)
+    mark = tmp_path / "imported"
+    slow = f"import pathlib, time\npathlib.Path({str(mark)!r}).touch()\ntime.sleep(2)\nprint('through', flush=True)\n"
+    slow = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n" + slow
+    (tmp_path / "slow.py").write_text(slow)  # it is found beside the program, as by the program itself
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    parent = subprocess.Popen([sys.executable, "program.py"], start_new_session=True, cwd=tmp_path, **pipes)
+    assert parent.stdout.readline() == "True 0\n"
+    while not mark.exists():
+        time.sleep(0.05)
+    os.killpg(parent.pid, signal.SIGINT)
+    out, err = parent.communicate(timeout=60)
+    assert out == "through\n" and err.count("Traceback") == 1, err
+
+
+@pytest.mark.skipif(not workers_module.forks(), reason="workers are spawned here")
+def test_workers_whose_origin_is_killed_are_replaced_and_nothing_of_theirs_is_deleted(tmp_path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with SideBySideGrid(clients.counts, NODES, {"rate": 0.5}, 2) as grid:
+        grid.scratch = str(scratch)
+        ask(grid)
+        before = [psutil.Process(worker.process.pid) for worker in grid.team.workers]
+        before[0].parent().kill()
+        replies = ask(grid, node0={"sleep": 0.5})
+        assert all("status 255" in reply.error.reason for reply in replies if reply.has_error())
+        assert not any(reply.has_error() for reply in ask(grid))
+        at_work = {worker.process.pid for worker in grid.team.workers}
+        _, left = psutil.wait_procs([worker for worker in before if worker.pid not in at_work], timeout=10)
+        assert not left and len(at_work) == 2 and scratch.is_dir()
+
+
+def test_a_team_that_could_not_start_says_so_again(monkeypatch):
+    with SideBySideGrid(clients.counts, NODES, {}, 1) as grid:
+        monkeypatch.setattr(workers_module, "_started", no_worker)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="no worker can begin"):
+                ask(grid)
+        monkeypatch.undo()
+        assert not any(reply.has_error() for reply in ask(grid))
+
+
+def no_worker(app):
+    raise RuntimeError("no worker can begin")
 
 
 @pytest.mark.processes
