@@ -79,14 +79,9 @@ def serve(app: str, pipe: Connection, environment: dict[str, str]) -> None:
             not); then a (number, :class:`Answer`) for each (number, :class:`Task`) that comes.
         environment: of the one who started it.
     """
-    gc.freeze()  # a collection would write on every page that is shared with the process this was forked from
-    os.environ.clear()
-    os.environ.update(environment)
-    np.random.seed()  # of the system: no two workers throw the same dice
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it ends it
+    _as_a_new_process(environment)
     scratch: list[str] = []
     end_with_parent(scratch)
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves behind
     kept, begun = _Kept(), False
     logging.getLogger().addHandler(kept)
     try:
@@ -110,6 +105,16 @@ def serve(app: str, pipe: Connection, environment: dict[str, str]) -> None:
             scratch[:] = [task.scratch] if task.scratch else []
             pipe.send((number, _answered(whole, task, kept)))
     _end(scratch)
+
+
+def _as_a_new_process(environment: dict[str, str]) -> None:
+    """Undo what a fork has that a process of its own has not, and leave its end to whoever started it."""
+    gc.freeze()  # a collection would write on every page that is shared with the process this was forked from
+    os.environ.clear()
+    os.environ.update(environment)
+    np.random.seed()  # of the system: no two workers throw the same dice
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves behind
 
 
 def _answered(app: Callable[[Message, Context], Message], task: Task, kept: _Kept) -> Answer:
