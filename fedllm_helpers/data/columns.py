@@ -29,6 +29,7 @@ EXPECTED = (
     "expected 'question' and 'answer', 'instruction' (and 'input') and 'output', 'prompt' and 'completion', "
     "'messages', or others named by dataset.columns.question=… and dataset.columns.answer=…"
 )
+SENTENCE = re.compile(r"(\S+\s+){5}|\S\s.*[?.]\s*$")  # no name of a column
 NAMELESS = "; these read like a card: is the row with the names of the columns missing?"
 
 
@@ -105,11 +106,8 @@ def _pair(free: dict[str, str], mapped: dict[str, str], there: str) -> dict[str,
     elif "question" in mapped or "answer" in mapped:
         pairs = [(q, a) for q in asked for a in said]
     if len(pairs) + len(chats) != 1:
-        many = "several of which may be question and answer" if pairs or chats or (asked and said) else ""
-        hint = (
-            NAMELESS if any(name.count(" ") > 5 or re.search(r"\s.*[?.]\s*$", name) for name in free.values()) else ""
-        )
-        raise ValueError(f"{there}{', ' * bool(many)}{many}; {EXPECTED}{hint}")
+        many = ", several of which may be question and answer" if pairs or chats or (asked and said) else ""
+        raise ValueError(f"{there}{many}; {EXPECTED}{NAMELESS * any(map(SENTENCE.search, free.values()))}")
     if chats:
         return {"messages": chats[0]}
     found = dict(zip(("question", "answer"), pairs[0], strict=True))
