@@ -13,8 +13,8 @@ from transformers.training_args import OptimizerNames
 
 from fedllm_helpers import communication, config, data, deployment, models, training
 from fedllm_helpers.config import training_arguments
-from fedllm_helpers.evaluation import multiple_choice
-from fedllm_helpers.federation import client_app, server_app, simulation
+from fedllm_helpers.evaluation import multiple_choice, scoring
+from fedllm_helpers.federation import client_app, simulation
 
 # overrides of the cpu preset, and what the line says
 REFUSED = """
@@ -357,7 +357,7 @@ def test_who_changes_a_configuration_is_told_how(name):
 
 
 def test_settings_that_fit_nobody_are_said_before_anyone_trains(monkeypatch):
-    monkeypatch.setattr(server_app, "score_answers", None)  # nothing gets as far as a model
+    monkeypatch.setattr(scoring, "score_answers", None)  # nothing gets as far as a model
     small = ["dataset.max_cards_per_specialty=12", "federation.training_arguments.per_device_train_batch_size=90"]
     with pytest.raises(ValueError, match="batch_size=90: hospital 0 has 10 cards"):
         simulation.run(config.load("cpu", *small), progress=False)

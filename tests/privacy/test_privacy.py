@@ -320,7 +320,7 @@ def test_a_private_and_masked_federation_tells_no_losses():
     assert numbers.isna().all(axis=None) and (record.clients["status"] == "used").all()
     assert record.history["nll"].notna().all()  # on the server's own cards
     assert (record.clients["bytes_up"] < 1.01 * 4 * sum(value.size for value in record.adapter.values())).all()
-    start = simulation.server_app.first_adapter(config.load("cpu"))
+    start = models.process.first_adapter(config.load("cpu"))
     assert all((record.adapter[key] != start[key]).any() for key in start)
     table = guarantees.per_hospital(config.load("cpu", *SMALL.split(), *changes), [12, 12])
     assert (table["epsilon"] <= 8).all() and (table["epsilon"] > 7.9).all() and (table["sample_rate"] == 2 / 12).all()
