@@ -66,9 +66,8 @@ def fingerprint(cfg: DictConfig, cards: bool = True, seeds: Iterable[int] = ()) 
             found.update(json.dumps(part.to_list()).encode())
     folder = models.embedded.folder_of(cfg.model.name)
     named = [path for path in folder.iterdir() if MODEL_FILES.fullmatch(path.name)] if folder else []
-    files = sorted(
-        path for path in named if path.name != models.embedded.MANIFEST
-    )  # which has times, other on every machine
+    times = models.embedded.MANIFEST  # it has other ones on every machine
+    files = sorted(path for path in named if path.name != times)
     facts = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     return {"cards": found.hexdigest() if cards else "", "model": _sampled(facts) if files else ""}
 
