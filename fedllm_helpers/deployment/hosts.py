@@ -38,6 +38,7 @@ from fedllm_helpers.deployment.parties import (
 
 TRIED = ("1.41", "1.42")  # versions of Flower
 NAME = "hospital-{}"  # of a hospital's process and folder
+UNLENT = range(20_000, 32_768)  # ports that no system lends to a connection: free now is free when a process listens
 
 
 def start(
@@ -205,15 +206,13 @@ def _check_flower() -> None:
 def _free(port: int | None) -> int:
     if port is not None and (isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535):
         raise ValueError(f"port={port!r}: allowed are whole numbers from 1 to 65535, or None for a free one")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of connections that have just ended
-        try:
-            probe.bind((LOOPBACK, port or 0))
-        except OSError:
-            raise ValueError(
-                f"port {port} of this machine is in use: end what listens there, or name another"
-            ) from None
-        return probe.getsockname()[1]
+    for wanted in [port] if port else secrets.SystemRandom().sample(UNLENT, 100):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of connections that have just ended
+            with contextlib.suppress(OSError):
+                probe.bind((LOOPBACK, wanted))
+                return wanted
+    raise ValueError(f"port {wanted} of this machine is in use: end what listens there, or name another")
 
 
 def _listens(port: int) -> bool:

@@ -18,7 +18,7 @@ from deployed import SMALL, started, until
 from omegaconf import OmegaConf
 
 from fedllm_helpers import config, deployment
-from fedllm_helpers.deployment import certificates, parties, watchdog
+from fedllm_helpers.deployment import certificates, hosts, parties, watchdog
 from fedllm_helpers.deployment import runs as deployed_runs
 from fedllm_helpers.federation import checkpoints, simulation
 
@@ -299,6 +299,13 @@ def test_a_port_in_use_and_another_flower_are_said_at_once(cfg, tmp_path, monkey
     monkeypatch.setattr(flwr, "__version__", "1.43.0")
     with pytest.raises(ValueError, match=r"Flower 1.43.0: this was tried with 1.41 and 1.42"):
         deployment.start(cfg, tmp_path)
+
+
+def test_a_port_is_none_that_the_system_lends_to_a_connection_before_a_process_listens():
+    lent = Path("/proc/sys/net/ipv4/ip_local_port_range")  # macOS lends those from 49152
+    first = int(lent.read_text().split()[0]) if lent.exists() else 49152
+    ports = [hosts._free(None) for _ in range(200)]
+    assert max(ports) < first and len(set(ports)) > 190
 
 
 ABANDONED = """
