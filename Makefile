@@ -1,6 +1,9 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
+# A module is compiled when it is first imported, and then kept: most files of the libraries never are.
+INSTALL = $(BIN)/python -m pip install --quiet --no-compile $(PIP_ARGS)
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run test test-processes test-colab test-browser test-gpu test-machines lab bench bench-network lint badges site slides pages class
 
@@ -17,7 +20,7 @@ test-colab: .venv/ready
 	@$(BIN)/python -m pytest tests/test_colab.py -m colab
 
 test-browser: .venv/ready
-	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[browser]"
+	@$(INSTALL) -e ".[browser]"
 	@$(BIN)/python -m pytest tests/test_pages.py tests/test_browser.py -m browser
 
 test-gpu: .venv/ready
@@ -56,13 +59,13 @@ badges: .venv/ready
 .venv/run: pyproject.toml
 	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else 'Python 3.11 to 3.13 is needed, and this is %d.%d: make PYTHON=python3.12 …' % v)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[lab]"
+	$(INSTALL) -e ".[lab]"
 	@touch $@
 
 .venv/ready: .venv/run
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[dev,lab,sim,site,track]"
+	$(INSTALL) -e ".[dev,lab,sim,site,track]"
 	@touch $@
 
 .venv/teaching: .venv/ready
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[teaching]"
+	$(INSTALL) -e ".[teaching]"
 	@touch $@
