@@ -1,7 +1,8 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
-# A module is compiled when it is first imported, and then kept: most files of the libraries never are.
+# A module is compiled when it is first imported, and then kept, whatever the environment says: most files of the
+# libraries never are, and without it each process would compile the whole package anew.
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile $(PIP_ARGS)
 unexport PYTHONDONTWRITEBYTECODE
 

@@ -38,7 +38,7 @@ from fedllm_helpers.deployment.parties import (
 
 TRIED = ("1.41", "1.42")  # versions of Flower
 NAME = "hospital-{}"  # of a hospital's process and folder
-UNLENT = range(20_000, 32_768)  # ports that no system lends to a connection: free now is free when a process listens
+UNLENT = range(20_000, 32_768)  # ports that no system, as it comes, lends to a connection before a process listens
 
 
 def start(

@@ -50,7 +50,8 @@ def freed_used_again() -> None:
     """Let glibc keep what is freed for the next use, in this process, until it is given back.
 
     As it comes, it takes each large block from the system and returns it at once. The system clears every page of it:
-    a tenth of a step, for the logits over a whole vocabulary are such blocks.
+    a tenth of a step, for the logits over a whole vocabulary are such blocks. The first ones may lie side by side,
+    until :data:`KEPT` bytes are free.
     """
     if sys.platform == "linux" and (choose := getattr(ctypes.CDLL(None), "mallopt", None)):
         choose(MMAP_THRESHOLD, LARGEST)

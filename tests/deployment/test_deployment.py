@@ -304,6 +304,8 @@ def test_a_port_in_use_and_another_flower_are_said_at_once(cfg, tmp_path, monkey
 def test_a_port_is_none_that_the_system_lends_to_a_connection_before_a_process_listens():
     lent = Path("/proc/sys/net/ipv4/ip_local_port_range")  # macOS lends those from 49152
     first = int(lent.read_text().split()[0]) if lent.exists() else 49152
+    if first < hosts.UNLENT.stop:
+        pytest.skip(f"this machine was set to lend ports from {first}")
     ports = [hosts._free(None) for _ in range(200)]
     assert max(ports) < first and len(set(ports)) > 190
 

@@ -53,15 +53,15 @@ def test_every_mean_has_a_name_of_its_own():
 def test_a_small_crowd_learns_and_is_read_back(tmp_path, monkeypatch):
     monkeypatch.setattr(crowd, "SIZES", (1, 2))
     small = ["dataset.max_cards_per_specialty=12", "federation.num_clients=2", "train.evaluate_split=0.2"]
-    few = "federation.training_arguments={max_steps: 3, per_device_train_batch_size: 4}"
+    few = "federation.training_arguments={max_steps: 3, per_device_train_batch_size: 8}"  # 4 are too few for one
     cfg = config.load("cpu", "federation.threads=1", *crowd.SETTINGS, *small, few)
     found = crowd.run_kind(cfg, "LoRA-XS r 16", tmp_path)
     assert found["nll"].shape == (1 + 2 * (1 + len(crowd.PARTS)), found["tokens"].size)
     assert found["values"] == 60 * 16 * 16
     assert len(found["norms"]) == 2 and (found["norms"] > 0).all()
     total = found["nll"].sum(axis=1)
-    untuned, both = total[0], total[2]
-    assert both < untuned, "one hospital alone may learn its few cards by heart, and be worse: it is in float32"
+    untuned, alone, both = total[:3]
+    assert both < untuned and alone < untuned
     assert total[5] - untuned > 3 * abs(both - untuned), "noise at n = 1 and the largest clip leaves no model"
 
     def never(*arguments):
