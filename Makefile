@@ -15,7 +15,7 @@ test: .venv/ready
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-processes: .venv/teaching
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder -m processes
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 3 --dist loadfile --no-loadscope-reorder -m processes
 
 test-colab: .venv/ready
 	@$(BIN)/python -m pytest tests/test_colab.py -m colab

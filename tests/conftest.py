@@ -2,10 +2,12 @@
 
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from families import make
+from filelock import FileLock
 
 from fedllm_helpers import config, data, models
 
@@ -63,6 +65,15 @@ def folder_of(tmp_path_factory):
         return made[family]
 
     return get
+
+
+@pytest.fixture
+def on_ray(tmp_path_factory):
+    """One test at a time has Ray: its node gives up when it is not up within 30 seconds."""
+    if find_spec("ray") is None:
+        pytest.skip("the extra `sim` (Ray) is not installed")
+    with FileLock(tmp_path_factory.getbasetemp().parent / "ray.lock"):  # a folder that all workers of a run share
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,11 @@
-"""Two hospitals and a server on real processes, for tests, and patience with what they do."""
+"""Two hospitals and a server on real processes, for tests, patience with what they do, and what they were told."""
 
 import contextlib
 import os
 import time
 
+import numpy as np
+import psutil
 import pytest
 
 from fedllm_helpers import deployment
@@ -25,7 +27,7 @@ def until(condition, seconds=240):
 
 
 @contextlib.contextmanager
-def started(cfg, temporary, hook, **options):
+def started(cfg, temporary, hook="", **options):
     """A deployment in which each process of Python begins with ``hook``; afterwards none is left."""
     folder = temporary.mktemp("hook")
     (folder / "sitecustomize.py").write_text(hook)
@@ -34,3 +36,20 @@ def started(cfg, temporary, hook, **options):
         with deployment.start(cfg, temporary.mktemp("deployment"), **options) as running:
             yield running
     assert not list(watchdog.marked(running.mark))
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
+
+
+def log(running, name):
+    return (running.folder / name / "log.txt").read_text()
+
+
+def told_to(mark):
+    """Command line and environment of the processes with a mark, by number."""
+    found = {}
+    for process in watchdog.marked(mark):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            found[process.pid] = " ".join([*process.cmdline(), *process.environ().values()])
+    return found

@@ -1,10 +1,9 @@
 """The rules on the real model: each learns, leaves the base model as it was, and does the same on Ray."""
 
-from importlib.util import find_spec
-
 import numpy as np
 import pytest
 import torch
+from families import write_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -77,9 +76,11 @@ def _opens_in_plain_peft(cfg, record, folder, tokenizer):
 
 
 @pytest.mark.processes
-@pytest.mark.skipif(find_spec("ray") is None, reason="the extra `sim` (Ray) is not installed")
-def test_edits_that_clients_keep_in_their_state_survive_on_ray():
-    cfg = small("FedEx-LoRA", "federation.num_rounds=3", "federation.fraction_evaluate=0")
+@pytest.mark.usefixtures("on_ray")
+def test_edits_that_clients_keep_in_their_state_survive_on_ray(tmp_path):
+    write_model(tmp_path, 0)  # a thin one: what a node keeps does not hang on the size
+    few = ["federation.num_rounds=3", "federation.fraction_evaluate=0", f"model.name={tmp_path}"]
+    cfg = small("FedEx-LoRA", *few)
     ours, ray = simulation.run(cfg, progress=False), simulation.run(cfg, "ray", progress=False)
     assert factors.rank(ours.edit) == 3 * 16, "one stack of (2 − 1) · 16 for each round"
     for one, other in ((ours.adapter, ray.adapter), (ours.edit, ray.edit)):

@@ -1,28 +1,19 @@
-"""The two apps on real processes: TLS and keys, faults in mid-round, and nothing left behind."""
+"""The two apps on real processes: the same bits, TLS and keys, who opens what and who stays outside."""
 
-import contextlib
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import flwr
-import numpy as np
-import psutil
 import pytest
-from deployed import SMALL, started, until
-from omegaconf import OmegaConf
+from deployed import SMALL, log, same, started, told_to, until
 
 from fedllm_helpers import config, deployment
-from fedllm_helpers.deployment import certificates, hosts, parties, watchdog
+from fedllm_helpers.deployment import certificates, hosts, parties
 from fedllm_helpers.deployment import runs as deployed_runs
-from fedllm_helpers.federation import checkpoints, simulation
+from fedllm_helpers.federation import simulation
 
-resource = pytest.importorskip("resource")
 CLOCKS = ["client_seconds", "seconds", "train_seconds"]
 pytestmark = [
     pytest.mark.processes,
@@ -56,23 +47,6 @@ def running(cfg, tmp_path_factory):
 @pytest.fixture(scope="module")
 def in_process(cfg):
     return simulation.run(cfg, progress=False)
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
-
-
-def log(running, name):
-    return (running.folder / name / "log.txt").read_text()
-
-
-def told_to(mark):
-    """Command line and environment of the processes with a mark, by number."""
-    found = {}
-    for process in watchdog.marked(mark):
-        with contextlib.suppress(psutil.Error):  # it has just ended
-            found[process.pid] = " ".join([*process.cmdline(), *process.environ().values()])
-    return found
 
 
 def test_the_same_bits_as_in_one_process(running, cfg, in_process):
@@ -181,108 +155,6 @@ def test_who_may_not_come_in_stays_outside_and_is_told_why(running, name, words)
         del running.processes[name]
 
 
-CHEAT = """
-def cheat(message, context, call_next):
-    reply, orders = call_next(message, context), message.content.config_records.get("config", {})
-    if message.metadata.message_type == "train" and context.node_config["partition-id"] == 1:
-        if orders["server-round"] == 1:
-            reply.content["arrays"] = to_record({"lora": np.full((3, 3), np.nan, np.float32)})
-        if orders["server-round"] == 2:
-            time.sleep(75)  # and keeps its node busy: a SuperNode takes one message at a time
-    return reply
-
-
-OUTSIDE = [packing.client_mod, cheat, """
-
-
-def test_garbage_and_a_late_reply_are_left_out_and_said(running, cfg):
-    """Hospital 1 sends garbage in the first round and, in the second, nothing within the timeout."""
-    cfg = config.load(cfg, "federation.fraction_evaluate=0", "federation.timeout=60", "federation.min_share=0")
-    app, said = deployed_runs.bundle(running, cfg, "cheated"), []
-    code = (app / "fedllm_helpers" / "federation" / "client_app.py").read_text()
-    assert "OUTSIDE = [packing.client_mod, " in code
-    (app / "fedllm_helpers" / "federation" / "client_app.py").write_text(
-        code.replace("OUTSIDE = [packing.client_mod, ", CHEAT)
-    )
-    deployed_runs.follow(running, deployed_runs.submit(running, cfg, "cheated", app=app), said.append)
-    clients = deployed_runs.collect(running, cfg, "cheated").clients
-    assert clients["status"].tolist()[::2] == ["used", "used"], "whoever trained is not lost"
-    assert "keys are missing or unknown" in clients["status"][1] and clients["status"][3] == "no reply"
-    assert any("hospital 1 is left out" in line for line in said)
-
-
-@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux can fill the disk of one process")
-def test_a_server_that_is_killed_and_one_whose_disk_is_full_go_on_to_the_same_bits(running, cfg):
-    cfg = config.load(cfg, "federation.fraction_evaluate=0", "federation.num_rounds=3")
-    folder, lines = deployed_runs.run_folder(running, "hard"), []
-
-    def strike():
-        until((folder / "round-000001.safetensors").exists)
-        deployment.kill(running, parties.SERVER)
-
-    blow = threading.Thread(target=strike, daemon=True)
-    blow.start()
-    with pytest.raises(RuntimeError, match="the server is gone: start_server brings it back"):
-        deployed_runs.follow(running, deployed_runs.submit(running, cfg, "hard"), lines.append)
-    blow.join()
-    deployment.start_server(running)
-    deployment.wait_online(running, ["hospital-0", "hospital-1"])
-
-    number = deployed_runs.submit(running, cfg, "hard")
-    until((folder / "round-000002.safetensors").exists)
-    for pid in (pid for pid, words in told_to(running.mark).items() if "flwr-serverapp" in words):
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # no larger file is taken
-    with pytest.raises(
-        RuntimeError, match="round 3 cannot be kept in .*File too large.* the rounds before are whole: make room"
-    ):
-        deployed_runs.follow(running, number, lines.append)
-    assert not list(folder.glob("*.part")) and checkpoints.latest(folder, OmegaConf.to_container(cfg)).number == 2
-
-    record = deployed_runs.run(running, cfg, "hard", show=lines.append)
-    assert same(record.adapter, simulation.run(cfg, progress=False).adapter)
-    assert [line for line in lines if line.startswith("going on")][-1].startswith("going on after round 2 of 3")
-
-
-def test_a_hospital_that_is_killed_in_training_is_missed_and_comes_back(running, cfg):
-    cfg = config.load(cfg, "federation.fraction_evaluate=0", "federation.num_rounds=2", "federation.min_share=0")
-    before = log(running, "hospital-1").count("Receiving: train")
-
-    def strike():
-        until(lambda: log(running, "hospital-1").count("Receiving: train") > before)
-        deployment.kill(running, "hospital-1")
-
-    blow = threading.Thread(target=strike, daemon=True)
-    blow.start()
-    record = deployed_runs.run(running, cfg, "missed", show=lambda line: None)
-    blow.join()
-    rows = record.clients.set_index(["round", "client"])["status"]
-    assert rows[1, 0] == rows[2, 0] == "used" and "Node Unavailable" in rows[1, 1]
-    assert deployment.bring_back(running, 1) < 120
-    again = deployed_runs.run(running, config.load(cfg, "federation.num_rounds=1"), "again", show=lambda line: None)
-    assert again.clients["status"].tolist() == ["used", "used"]
-
-
-def test_nodes_that_disagree_or_have_no_cards_stop_a_run_in_one_line(running, cfg, tmp_path):
-    (running.folder / "hospital-1" / "data").rename(tmp_path / "away")
-    try:
-        small = config.load(cfg, "federation.num_rounds=1", "federation.timeout=60")
-        number, said = deployed_runs.submit(running, small, "incomplete"), []
-        with pytest.raises(RuntimeError, match="the run ended as finished:failed"):
-            deployed_runs.follow(running, number, said.append)
-        assert any("data folder cannot be read" in line for line in said)
-        assert not any(str(tmp_path) in line or "hospital-1/data" in line for line in said), "no path is sent"
-        assert "hospital-1/data" in log(running, "hospital-1"), "but it stands in the node's own log"
-    finally:
-        (tmp_path / "away").rename(running.folder / "hospital-1" / "data")
-    deployment.kill(running, "hospital-1")
-    odd = parties.Deployment(
-        running.folder, 3, running.port, running.mark, running.guard, running.warm, running.processes
-    )
-    deployment.bring_back(odd, 1)
-    with pytest.raises(RuntimeError, match=r"disagree on how many hospitals there are: num-partitions=\[2, 3\]"):
-        deployed_runs.run(running, cfg, "odd", show=lambda line: None)
-
-
 def test_an_expired_certificate_is_named(cfg, tmp_path):
     certificates.make_server(tmp_path / parties.SERVER, days=-1)
     with pytest.raises(ValueError, match="server.crt has expired .* makes a new one") as error:
@@ -308,32 +180,3 @@ def test_a_port_is_none_that_the_system_lends_to_a_connection_before_a_process_l
         pytest.skip(f"this machine was set to lend ports from {first}")
     ports = [hosts._free(None) for _ in range(200)]
     assert max(ports) < first and len(set(ports)) > 190
-
-
-ABANDONED = """
-import signal, sys
-from fedllm_helpers import config, deployment
-from fedllm_helpers.deployment import runs as deployed_runs
-signal.signal(signal.SIGINT, signal.default_int_handler)  # as a kernel does; a shell's background ignores it
-cfg = config.load("cpu", *sys.argv[2:])
-with deployment.start(cfg, sys.argv[1]) as running:
-    print(running.mark, flush=True)
-    deployed_runs.run(running, cfg)
-"""
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
-def test_nothing_is_left_of_a_process_that_died_or_was_interrupted(tmp_path, how):
-    command = [sys.executable, "-c", ABANDONED, str(tmp_path), *SMALL.split()]
-    with open(tmp_path / "said.txt", "w") as said:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
-    mark = process.stdout.readline().strip()
-    assert mark, (tmp_path / "said.txt").read_text()
-    until(lambda: any("flwr-serverapp" in words for words in told_to(mark).values()))
-    process.send_signal(how)
-    process.wait(60)
-    until(lambda: not list(watchdog.marked(mark)), 60)
-    if how == signal.SIGINT:
-        assert (tmp_path / "said.txt").read_text().strip().endswith("KeyboardInterrupt"), (
-            "and no error of stopping twice"
-        )

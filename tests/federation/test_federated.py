@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import weakref
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,6 @@ SMALL = (
 )
 CLOCKS = ["client_seconds", "seconds"]
 CLIENT_CLOCKS = ["train_seconds", "seconds"]
-needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the extra `sim` (Ray) is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +148,7 @@ def test_hospitals_score_the_average_on_their_own_held_out_cards(small):
 
 
 @pytest.mark.processes
-@needs_ray
+@pytest.mark.usefixtures("on_ray")
 def test_ray_gives_the_same_bits(small, record):
     ray = simulation.run(small, "ray", progress=False)
     assert all(np.array_equal(record.adapter[key], ray.adapter[key]) for key in record.adapter)
@@ -158,7 +156,7 @@ def test_ray_gives_the_same_bits(small, record):
 
 
 @pytest.mark.processes
-@needs_ray
+@pytest.mark.usefixtures("on_ray")
 def test_flwr_run_gives_the_same_bits(record, tmp_path):
     port = 39091  # of the SuperLink that `flwr run` starts and leaves running
     environment = os.environ | {

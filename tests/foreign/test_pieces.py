@@ -2,7 +2,6 @@
 
 import logging
 import re
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -469,7 +468,7 @@ def masked():
 
 
 @pytest.mark.processes
-@pytest.mark.skipif(find_spec("ray") is None, reason="the extra `sim` is not installed")
+@pytest.mark.usefixtures("on_ray")
 @pytest.mark.parametrize("chain", [compressed, masked])
 def test_pieces_do_on_ray_what_they_do_in_process(chain):
     adapters = [

@@ -1,7 +1,5 @@
 """Each rule in somebody else's Flower app: the mod, and the line that reads its orders; against float64."""
 
-from importlib.util import find_spec
-
 import numpy as np
 import pytest
 import somebody
@@ -93,7 +91,7 @@ def test_every_rule_is_what_its_definition_says(name, family):
 
 
 @pytest.mark.processes
-@pytest.mark.skipif(find_spec("ray") is None, reason="the extra `sim` is not installed")
+@pytest.mark.usefixtures("on_ray")
 @pytest.mark.parametrize("name", ["FedEx-LoRA", "FedSA-LoRA"])
 def test_rules_whose_clients_remember_do_on_ray_what_they_do_in_process(name):
     adapters = [run(made(name), place=place, client=client("llama")) for place in ("in process", "ray")]
