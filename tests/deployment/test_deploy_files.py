@@ -1,6 +1,7 @@
 """The examples for real machines: the units start on this one, and the gateway lets in hospitals and nobody else."""
 
 import configparser
+import contextlib
 import json
 import os
 import re
@@ -113,26 +114,36 @@ def test_the_units_commands_start_a_server_and_let_a_hospital_in(machine):
     assert all(health.alive(port) for port in ports) and not health.alive(f"127.0.0.1:{hosts._free(None)}", 1)
 
 
-@pytest.mark.processes
-@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
-def test_the_gateway_passes_nodes_and_refuses_whoever_would_start_a_run(machine):
-    folder, port, start, mark = machine
-    server, outside = start("server.service"), hosts._free(None)
-    text = (DEPLOY / "gateway.conf").read_text().replace("/etc/fedllm", f"{folder}/etc").replace(":8000", f":{port}")
-    text = text.replace("listen 9093", f"listen 127.0.0.1:{outside}")
+@contextlib.contextmanager
+def gateway_of(folder, text):
+    """nginx by a configuration; it writes over its environment, so that no mark finds it afterwards."""
     paths = "".join(
         f"{kind}_temp_path {folder}/{kind}; " for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
     (folder / "nginx.conf").write_text(
         f"daemon off; pid {folder}/pid; error_log {folder}/err; events {{}} http {{ access_log off; {paths} {text} }}"
     )
-    environment = os.environ | {watchdog.MARK: mark}
-    gateway = subprocess.Popen(["nginx", "-e", f"{folder}/err", "-c", str(folder / "nginx.conf")], env=environment)
-    wait(lambda: hosts._listens(port) and hosts._listens(outside), server, folder / "server.service.txt")
-    assert flwr(folder, port, "supernode", "register", str(folder / "etc" / "node.pub"))["success"]
-    node = start("hospital.service", f"127.0.0.1:{outside}")
-    online = lambda: flwr(folder, port, "supernode", "list")["nodes"][0]["status"] == "online"  # noqa: E731
-    wait(online, node, folder / "hospital.service.txt")
-    refused = flwr(folder, outside, "list")
-    assert not refused["success"] and flwr(folder, port, "list")["success"]
-    assert gateway.poll() is None and parties.LOOPBACK == "127.0.0.1"
+    with subprocess.Popen(["nginx", "-e", f"{folder}/err", "-c", str(folder / "nginx.conf")]) as nginx:
+        try:
+            yield nginx
+        finally:
+            nginx.terminate()
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
+def test_the_gateway_passes_nodes_and_refuses_whoever_would_start_a_run(machine):
+    folder, port, start, _ = machine
+    server, outside = start("server.service"), hosts._free(None)
+    text = (DEPLOY / "gateway.conf").read_text().replace("/etc/fedllm", f"{folder}/etc").replace(":8000", f":{port}")
+    text = text.replace("listen 9093", f"listen 127.0.0.1:{outside}")
+    with gateway_of(folder, text) as gateway:
+        wait(lambda: hosts._listens(port) and hosts._listens(outside), server, folder / "server.service.txt")
+        assert flwr(folder, port, "supernode", "register", str(folder / "etc" / "node.pub"))["success"]
+        node = start("hospital.service", f"127.0.0.1:{outside}")
+        online = lambda: flwr(folder, port, "supernode", "list")["nodes"][0]["status"] == "online"  # noqa: E731
+        wait(online, node, folder / "hospital.service.txt")
+        refused = flwr(folder, outside, "list")
+        assert not refused["success"] and flwr(folder, port, "list")["success"]
+        assert gateway.poll() is None and parties.LOOPBACK == "127.0.0.1"
+    assert gateway.returncode == 0, "it is asked to end, and does"
