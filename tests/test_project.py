@@ -1,6 +1,7 @@
 """The files around the package agree with each other."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -91,6 +92,17 @@ def test_the_workflow_runs_what_readme_says_on_the_pythons_that_are_allowed():
     project = tomllib.loads(lifted)["project"]
     free = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
     assert free and not [requirement for requirement in free if "<" in requirement], "no bound is left"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a script for bash")
+@pytest.mark.parametrize(("begun", "made"), [(0, ["test", "test-processes"]), (45 * 60, ["test"])])
+def test_a_machine_that_is_slow_tests_less_and_says_so(begun, made, tmp_path):
+    (tmp_path / "make").write_text("#!/bin/sh\necho make $@\n")
+    (tmp_path / "make").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SECONDS": str(begun)}
+    said = subprocess.run([ROOT / ".ci" / "run"], env=environment, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"^make (\S+)$", said, re.M) == made
+    assert ("make test took 45 minutes here: make test-processes is left out" in said) == bool(begun)
 
 
 def test_workflows_run_what_is_there():
