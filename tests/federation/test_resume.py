@@ -105,8 +105,9 @@ def test_every_rule_goes_on_to_the_same_bits_on_the_real_model(rule, kind, tmp_p
     check(cfg, tmp_path, (cfg.federation.num_rounds, 1))
 
 
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.processes)])
 @pytest.mark.parametrize("rule", EDITING)
-def test_edits_over_five_rounds_killed_again_and_again_with_some_absent(rule, small_model, tmp_path):
+def test_edits_over_five_rounds_killed_again_and_again_with_some_absent(rule, real, small_model, tmp_path):
     more = ["federation.num_rounds=5", "federation.num_clients=3", "federation.fraction_train=0.67"]
-    cfg = settings(rule, "plain", *more, "federation.partition=iid", small_model)
+    cfg = settings(rule, "plain", *more, "federation.partition=iid", *([] if real else [small_model]))
     check(cfg, tmp_path, (2, 0), (4, 1), (5, 0))
