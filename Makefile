@@ -3,7 +3,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 # A module is compiled when it is first imported, and then kept, whatever the environment says: most files of the
 # libraries never are, and without it each process would compile the whole package anew.
-INSTALL = $(BIN)/python -m pip install --quiet --no-compile $(PIP_ARGS)
+INSTALL = $(BIN)/python install.py $(PIP_ARGS)
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run test test-processes test-colab test-browser test-gpu test-machines lab bench bench-network lint badges site slides pages class
