@@ -4,14 +4,14 @@ import contextlib
 import itertools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from omegaconf import DictConfig, OmegaConf
 
 from fedllm_helpers import attacks, config, folders, models
@@ -46,6 +46,23 @@ def first_update(cfg: DictConfig, hospital: int, rate: float) -> Adapter:
         raise RuntimeError(f"hospital {hospital} failed: {complaint(reply)}")
     sent = from_record(reply.content["arrays"])
     return {key: sent[key] - start[key] for key in start}
+
+
+def recorder(kept: dict[tuple[int, int], Adapter]) -> Callable[[Message, Context], Message]:
+    """A client for ``simulation.run``: the package's, and what it sends is kept by round and hospital (from 0).
+
+    Built by hand in notebook 04.
+    """
+
+    def app(message: Message, context: Context) -> Message:
+        """Pass the message on, and look at the reply."""
+        reply = client_app.app(message, context)
+        if message.metadata.message_type == "train" and not reply.has_error():
+            number, hospital = message.content["config"]["server-round"], context.node_config["partition-id"]
+            kept[number, hospital] = from_record(reply.content["arrays"])
+        return reply
+
+    return app
 
 
 def masked_view(update: Adapter, hospital: int, weights: Sequence[int], value_range: float = 1.0) -> Adapter:

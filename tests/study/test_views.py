@@ -10,7 +10,7 @@ from scipy.stats import kstest
 
 from fedllm_helpers import config, models, training
 from fedllm_helpers.attacks import battery
-from fedllm_helpers.federation import client_app
+from fedllm_helpers.federation import client_app, simulation
 from fedllm_helpers.models.process import base_model, cpu_threads, first_adapter
 from fedllm_helpers.privacy import secure_aggregation as secure
 from fedllm_helpers.study import audits, results, views
@@ -92,8 +92,12 @@ def test_an_open_update_is_the_federation_s_and_tells_its_specialty(scene, tmp_p
     with cpu_threads(staged):
         cards = client_app.cards_of_round(mine, staged, 1, 2)
         training.fine_tune(model, tokenizer, cards, local, learning_rate=8e-3, description=None)
-    by_hand = models.get_adapter(model)
+    by_hand, kept = models.get_adapter(model), {}
     assert all(np.array_equal(by_hand[key] - start[key], update[key]) for key in start)
+    one_round = ["federation.num_rounds=1", "train.learning_rate_max=8e-3", "federation.evaluate_every=0"]
+    simulation.run(config.load(staged, *one_round), client=views.recorder(kept), progress=False)
+    assert sorted(kept) == [(1, hospital) for hospital in range(4)]
+    assert all(np.array_equal(kept[1, 2][key], by_hand[key]) for key in start), "what a federation's server gets"
 
 
 def test_a_hospital_has_a_row_per_view_and_is_read_back(scene, tmp_path, monkeypatch):
