@@ -1,8 +1,9 @@
-"""The process of a hospital that has imported everything, and forks itself for each message. :mod:`warm` starts it.
+"""The process of a party that has imported everything, and forks itself for each message. :mod:`warm` starts it.
 
-A child does what Flower's ``flwr-clientapp`` does: it alone sees the message, the cards and the keys. What it tells at
-its end is which base model it used; that is loaded here, too, and children from then on have it by copy-on-write. On a
-GPU they cannot: CUDA does not survive a fork, so nothing of it is begun here.
+A child does what Flower's ``flwr-clientapp`` does: it alone sees the message, the cards and the keys. At the server it
+does what ``flwr-serverapp`` does, for a run. What it tells at its end is which base model it used; that is loaded here,
+too, and children from then on have it by copy-on-write. On a GPU they cannot: CUDA does not survive a fork, so nothing
+of it is begun here.
 """
 
 import contextlib
@@ -24,23 +25,21 @@ ONLY_HERE = {  # while this process imports and loads; children have the environ
     "TOKENIZERS_PARALLELISM": "false",  # a pool of threads would not come along
 }
 MOST = 65536  # bytes that a pipe holds, so that no child waits for a reader
-FLOWER = "flwr.supernode.cli.flwr_clientapp"
 PROCESS = "fedllm_helpers.models.process"
+NEEDED = {  # by Flower's commands: the module that has it, and the app
+    "flwr-clientapp": ("flwr.supernode.cli.flwr_clientapp", "fedllm_helpers.federation.client_app"),
+    "flwr-serverapp": ("flwr.superlink.cli.flwr_serverapp", "fedllm_helpers.federation.server_app"),
+}
 WITH_A_GPU = (  # without PEFT: its bitsandbytes begins CUDA when it is imported
-    "fedllm_helpers.federation.client_app",
     "datasets",
     "transformers.modeling_utils",
     "transformers.trainer_pt_utils",
 )
-USED = (  # by a message
-    "fedllm_helpers.federation.client_app",
-    PROCESS,
-    "fedllm_helpers.models.editing",
+USED = (PROCESS, "fedllm_helpers.models.editing", "fedllm_helpers.evaluation.scoring", "fedllm_helpers.data.loading")
+TRAINING = (  # by a hospital's messages
     "fedllm_helpers.training.fine_tuning",
     "fedllm_helpers.training.guarantees",
     "fedllm_helpers.training.batches",
-    "fedllm_helpers.evaluation.scoring",
-    "fedllm_helpers.data.loading",
 )
 
 
@@ -57,7 +56,7 @@ class Ready:
     told: dict[int, int] = field(default_factory=dict)  # by child, this end of its pipe
 
 
-def prepared() -> Ready:
+def prepared(task: str = "flwr-clientapp") -> Ready:
     """Import what messages need, with one thread: of a pool of threads, a child would have none and wait for ever."""
     package = Path(__file__).parents[1]
     known, code = same_code.digest(package), same_code.state(same_code.brought(package))
@@ -68,7 +67,8 @@ def prepared() -> Ready:
     fresh = {"threads": torch.get_num_threads(), "dice": torch.get_rng_state(), "environment": before}
     torch.set_num_threads(1)
     gpu = torch.cuda.is_available()
-    for name in (FLOWER, *(WITH_A_GPU if gpu else USED)):
+    training = TRAINING if task == "flwr-clientapp" else ()
+    for name in (*NEEDED[task], *(WITH_A_GPU if gpu else (*USED, *training))):
         import_module(name)
     if gpu:
         warm.say("there is a GPU: imports are kept ready, the model is not, for CUDA does not survive a fork")
@@ -80,28 +80,28 @@ def prepared() -> Ready:
     return Ready(kept, same_code.state(same_code.imported()), gpu, fresh)
 
 
-def serve(ready: Ready, address: str, node: int) -> list[str]:
-    """Take messages of a SuperNode for ever, and return in each child, with the command that answers its message."""
+def serve(ready: Ready, task: str, address: str, parent: str, trust: list[str]) -> list[str]:
+    """Take messages for ever, and return in each child, with the command that answers its message."""
     from flwr.proto.runtime_pb2 import AcquireTaskRequest
-    from flwr.supercore.constant import TaskType
     from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
     from flwr.supercore.retry import make_simple_http_retry_invoker
     from flwr.supercore.runtime import RuntimeHttpClient
+    from flwr.supercore.tls import validate_and_resolve_root_certificates
 
+    insecure, authority = "--insecure" in trust, trust[1] if len(trust) == 2 else None
     client = RuntimeHttpClient.from_server_address(
         server_address=address,
-        insecure=True,
-        root_certificates=None,
+        insecure=insecure,
+        root_certificates=validate_and_resolve_root_certificates(authority, insecure),
         interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperExec")],
         retry_invoker=make_simple_http_retry_invoker(),
     )
-    wanted, pause = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]), float(os.environ.get(POLL, 1.0))
+    wanted, pause = AcquireTaskRequest(supported_task_types=[task]), float(os.environ.get(POLL, 1.0))
     while True:
         reap(ready)
-        task = client.AcquireTask(wanted)
-        if task.HasField("task") and task.token:
-            command = [TaskType.CLIENT_APP, "--runtime-api-address", address, "--token", task.token, "--insecure"]
-            command += ["--parent-pid", str(node)]
+        given = client.AcquireTask(wanted)
+        if given.HasField("task") and given.token:
+            command = [task, "--runtime-api-address", address, "--token", given.token, *trust, "--parent-pid", parent]
             check(ready, command)
             if begun(ready):
                 return command
@@ -152,7 +152,7 @@ def _environment_as_it_came(ready: Ready) -> None:
 def answer(ready: Ready, command: list[str]) -> int:
     """Flower's own command, in this process; then tell which model it used. Returns the exit status."""
     sys.argv, code = command, 1
-    run = import_module(FLOWER).flwr_clientapp
+    run = getattr(import_module(NEEDED[command[0]][0]), command[0].replace("-", "_"))
     ready.kept.put_aside()
     try:
         run()
@@ -215,15 +215,15 @@ def _files(text: str) -> same_code.State:
 
 
 def main() -> None:
-    """``python -P -m … ADDRESS NODE PARENT``: the SuperNode's address and process, and who started this."""
-    address, node, parent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    warm.end_with(parent)
+    """``python -P -m … TASK ADDRESS PARENT STARTER TRUST``: whose process PARENT is, and whose this is."""
+    task, address, parent, starter, *trust = sys.argv[1:]
+    warm.end_with(int(starter))
     try:
-        ready = prepared()
+        ready = prepared(task)
     except Exception as error:  # of whatever kind: whoever started this goes on without it
         warm.say(f"nothing can be kept ready: {error}")
         sys.exit(1)
-    command = serve(ready, address, node)
+    command = serve(ready, task, address, parent, trust)
     code = answer(ready, command)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

@@ -65,7 +65,7 @@ def start(
         port: of the server on this machine; None takes a free one.
         patience: seconds to wait for the server, and for the hospitals.
         keep_cards: use the cards that hospitals' folders hold, whatever ``cfg`` would give them.
-        warm: each hospital keeps a process with torch and, after its first training, the model, which forks one for
+        warm: each party keeps a process with torch and, after its first training or run, the model, which forks one for
             each message. False: each message starts Python and imports torch, as Flower does. None: where memory fits.
 
     Raises:
@@ -80,7 +80,7 @@ def start(
     homes.prepare_server(folder / SERVER, (LOOPBACK, "localhost"))
     mark = secrets.token_hex(8)
     guard = subprocess.Popen([sys.executable, watchdog.__file__, mark], stdin=subprocess.PIPE, start_new_session=True)
-    deployment = Deployment(folder, count, port, mark, guard, ready.fits(count) if warm is None else warm)
+    deployment = Deployment(folder, count, port, mark, guard, ready.fits(count + 1) if warm is None else warm)
     try:
         start_server(deployment, patience=patience)
         stale = _activated(deployment)  # of an earlier deployment in this folder that had no time for a goodbye
@@ -106,7 +106,8 @@ def start_server(deployment: Deployment, *, patience: float = 90.0) -> None:
     (home / "flwr" / "config.toml").write_text(
         f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n{connection}', encoding="utf-8"
     )
-    command = ["flower-superlink", "--host", LOOPBACK, "--port", str(deployment.port), "--enable-supernode-auth"]
+    command = ready.command("flower-superlink") if deployment.warm else ["flower-superlink"]
+    command += ["--host", LOOPBACK, "--port", str(deployment.port), "--enable-supernode-auth"]
     command += ["--ssl-ca-certfile", str(authority), "--ssl-certfile", str(home / certificates.SERVER)]
     command += ["--ssl-keyfile", str(home / certificates.SERVER_KEY), "--database", str(home / "state.db")]
     process, start = launch(deployment, SERVER, command), time.monotonic()

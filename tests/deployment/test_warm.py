@@ -1,4 +1,4 @@
-"""Hospitals whose processes are ready: the same bits, nothing imported twice, nothing left, and a way back."""
+"""Parties whose processes are ready: the same bits, nothing imported twice, nothing left, and a way back."""
 
 import os
 import shutil
@@ -18,9 +18,10 @@ from fedllm_helpers.deployment import same_code, warm, watchdog
 from fedllm_helpers.federation import simulation
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Flower starts a process for each message")
+OPEN = ["--insecure"]  # to a SuperNode on the same machine
 WHO_IMPORTS_WHAT = """
 import os, sys
-if "hospital-" in os.environ.get("FLWR_HOME", ""):
+if "FLWR_HOME" in os.environ:
     log = os.open(os.path.join(os.environ["FLWR_HOME"], "imported.txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     def hook(event, args):
         if event == "import":
@@ -36,17 +37,27 @@ def cfg():
 
 @pytest.fixture(scope="module")
 def running(cfg, tmp_path_factory):
-    """Two hospitals that are kept ready, and write down what each of their processes imports."""
+    """Two hospitals and a server that are kept ready, and write down what each of their processes imports."""
     with started(cfg, tmp_path_factory, WHO_IMPORTS_WHAT, warm=True) as running:
         yield running
 
 
-def family(running, hospital):
-    """The SuperNode's process, the one that stands by, the one that is ready."""
-    node = psutil.Process(running.processes[hospital].pid)
+def family(running, party):
+    """The process of the SuperNode or SuperLink, the one that stands by, the one that is ready."""
+    node = psutil.Process(running.processes[party].pid)
     until(lambda: node.children() and node.children()[0].children())
     keeper = node.children()[0]
     return node, keeper, keeper.children()[0]
+
+
+def imported_by(running, party):
+    """Names of modules by process, of the ready one and of those that were forked from it."""
+    found, ready = {}, family(running, party)[2].pid
+    for line in (running.folder / party / "flwr" / "imported.txt").read_text().splitlines():
+        number, name = line.split()
+        found.setdefault(int(number), set()).add(name)
+    commands = [process.pid for process in family(running, party)[:2]]
+    return found[ready], {number: names for number, names in found.items() if number not in (ready, *commands)}
 
 
 @linux
@@ -56,40 +67,40 @@ def test_the_same_bits_and_children_import_nothing_anew(running, cfg):
     here = simulation.run(cfg, progress=False)
     assert record.adapter.keys() == here.adapter.keys()
     assert all(np.array_equal(record.adapter[key], here.adapter[key]) for key in here.adapter)
+    heavy = {"torch", "transformers", "peft", "datasets"}
     for hospital in ("hospital-0", "hospital-1"):
-        lines = (running.folder / hospital / "flwr" / "imported.txt").read_text().splitlines()
-        imported: dict[int, set[str]] = {}
-        for number, name in (line.split() for line in lines):
-            imported.setdefault(int(number), set()).add(name)
-        others = {process.pid for process in family(running, hospital)}
-        ready = imported[family(running, hospital)[2].pid]
-        messages = [names for number, names in imported.items() if number not in others]
+        ready, messages = imported_by(running, hospital)
         assert len(messages) == 5, "one to say who it is, two rounds of training and scoring"
-        assert all(len(names) < len(ready) / 100 for names in messages), messages
-        heavy = {"torch", "transformers", "peft", "datasets"}
-        assert heavy <= ready and not any(heavy & names for names in messages)
-        assert "warm:" not in (running.folder / hospital / "log.txt").read_text(), "nothing was out of order"
+        assert all(len(names) < len(ready) / 100 for names in messages.values()), messages
+        assert heavy <= ready and not any(heavy & names for names in messages.values())
+    ready, others = imported_by(running, "server")  # the others are a run, and Flower's commands
+    assert heavy <= ready and others and not any(heavy & names for names in others.values())
+    for party in ("hospital-0", "hospital-1", "server"):
+        assert "warm:" not in (running.folder / party / "log.txt").read_text(), "nothing was out of order"
 
 
 @linux
 @pytest.mark.processes
 def test_when_the_ready_process_is_killed_messages_are_answered_all_the_same(running, cfg):
-    node, keeper, ready = family(running, "hospital-0")
-    ready.kill()
-    until(lambda: any("superexec" in word for word in keeper.cmdline()))
+    parties = {party: family(running, party) for party in ("hospital-0", "server")}
+    for _, keeper, ready in parties.values():
+        ready.kill()
+        until(lambda keeper=keeper: any("superexec" in word for word in keeper.cmdline()))
     one = config.load(cfg, "federation.num_rounds=1", "federation.fraction_evaluate=0")
     record = deployed_runs.run(running, one, "cold", show=lambda line: None)
     assert record.clients["status"].tolist() == ["used", "used"]
-    said = [line for line in (running.folder / "hospital-0" / "log.txt").read_text().splitlines() if "warm:" in line]
-    assert len(said) == 1 and "ended (-9): from now on each message starts one of its own" in said[0]
-    assert node.is_running() and node.pid == running.processes["hospital-0"].pid
+    for party, (node, *_) in parties.items():
+        said = [line for line in (running.folder / party / "log.txt").read_text().splitlines() if "warm:" in line]
+        assert len(said) == 1 and "ended (-9): from now on each message starts one of its own" in said[0]
+        assert node.is_running() and node.pid == running.processes[party].pid
 
 
 @linux
 @pytest.mark.processes
-def test_nothing_is_left_of_a_supernode_that_was_killed(running):
-    home = str(running.folder / "hospital-1")
-    node, *others = family(running, "hospital-1")
+@pytest.mark.parametrize("party", ["hospital-1", "server"])
+def test_nothing_is_left_of_a_party_that_was_killed(running, party):
+    home = str(running.folder / party)
+    node, *others = family(running, party)
     os.kill(node.pid, signal.SIGKILL)
     until(lambda: not any(process.is_running() for process in others), 20)
     left = [process for process in watchdog.marked(running.mark) if home in process.environ()["FLWR_HOME"]]
@@ -189,15 +200,29 @@ def test_a_run_gets_the_code_that_it_brought(tmp_path, changed):
 def test_where_it_cannot_be_flower_starts_processes_itself(monkeypatch):
     options = ["--superlink", "fed:1", "--port", "7", "--node-config", 'data="--isolation"']
     monkeypatch.setattr(sys, "platform", "linux")
-    assert warm.why_cold(options) == "" and warm.address_of(options) == ("127.0.0.1", 7)
-    assert warm.address_of(["--host=0.0.0.0"]) == ("127.0.0.1", 9094)
-    assert warm.why_cold([*options, "--isolation=process"]) == "--isolation is set"
+    assert warm.why_cold(warm.NODE, options) == "" and warm.asked_at(warm.NODE, options) == ("127.0.0.1", 7, OPEN)
+    assert warm.asked_at(warm.NODE, ["--host=0.0.0.0"]) == ("127.0.0.1", 9094, OPEN)
+    assert warm.why_cold(warm.NODE, [*options, "--isolation=process"]) == "--isolation is set"
+    assert warm.why_cold(warm.NODE, [*options, "--ssl-certfile", "a"]) == "--ssl-certfile is set"
     monkeypatch.setattr(warm.metadata, "version", lambda name: "1.41.0")
-    assert "Flower 1.41.0" in warm.why_cold(options)
+    assert "Flower 1.41.0" in warm.why_cold(warm.NODE, options)
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert "only on Linux" in warm.why_cold(options)
+    assert "only on Linux" in warm.why_cold(warm.NODE, options)
     monkeypatch.setattr(warm.psutil, "virtual_memory", Free)
     assert not warm.fits(3) and warm.fits(2)
+
+
+def test_a_superlink_is_asked_as_its_own_options_say(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    options = ["--ssl-ca-certfile", "ca.crt", "--ssl-certfile=server.crt", "--host", "::"]
+    assert warm.asked_at(warm.LINK, options) == ("::1", 8000, ["--root-certificates", "ca.crt"])
+    assert warm.asked_at(warm.LINK, ["--port=7", "--insecure"]) == ("127.0.0.1", 7, OPEN)
+    assert warm.asked_at(warm.LINK, ["--ssl-certfile=server.crt"])[2] == [], "the system's authorities"
+    monkeypatch.setenv(warm.INSTALLS, "1")
+    assert warm.why_cold(warm.LINK, options) == ""
+    assert warm.why_cold(warm.LINK, [*options, "--simulation"]) == "--simulation is set"
+    monkeypatch.delenv(warm.INSTALLS)
+    assert "what a run asks for is installed" in warm.why_cold(warm.LINK, options)
 
 
 class Free:
