@@ -12,13 +12,9 @@ import zipfile
 from functools import lru_cache
 from pathlib import Path
 
-import torch
 from filelock import FileLock
-from gguf import GGUFReader
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from fedllm_helpers import hub
 
@@ -208,6 +204,11 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     Transformers 5.17 takes its end-of-text token for another one, 5.20 does not: models would learn to end with that.
     """
+    import torch  # here, and what follows: a model that is there already is looked at without them
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging as transformers_logging
+
     transformers_logging.disable_progress_bar()
     try:
         source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
