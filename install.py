@@ -11,20 +11,27 @@ import sys
 from importlib.util import find_spec
 
 UV = "uv>=0.13.5,<0.14"  # as Flower 1.42 asks: another one would replace itself
-SHARED = ("constraint", "extra-index-url", "find-links", "index-url", "no-binary", "no-index", "only-binary", "pre")
-SHARED += ("require-hashes", "trusted-host")  # options of both; --name=value, once for each value
-AS_VARIABLES = {"cert": "SSL_CERT_FILE", "proxy": "ALL_PROXY"}
+SHARED = ("constraint", "no-binary", "no-index", "only-binary", "pre", "require-hashes", "trusted-host")  # by both
+VARIABLES = {  # of uv, for what may hold a password: the words of a command are seen by every user of a machine
+    "index-url": "UV_DEFAULT_INDEX",
+    "extra-index-url": "UV_INDEX",
+    "find-links": "UV_FIND_LINKS",
+    "proxy": "ALL_PROXY",
+    "cert": "SSL_CERT_FILE",
+}
 PIP = [sys.executable, "-m", "pip"]
 
 
 def main(wanted: list[str]) -> int:
     """Install ``wanted``, requirements and options that pip and uv share; returns 0, or the exit status of pip."""
     settings = pip_settings(subprocess.run([*PIP, "config", "list"], capture_output=True, text=True).stdout)
-    environment = os.environ | {AS_VARIABLES[name]: settings[name] for name in AS_VARIABLES if name in settings}
+    given = {VARIABLES[name]: value for name, value in settings.items() if name in VARIABLES}
+    if "find-links" in settings:
+        given["UV_FIND_LINKS"] = ",".join(settings["find-links"].split())
     uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", sys.executable]
     uv += ["--index-strategy", "unsafe-best-match"]  # pip's: the best of all indexes, not of the first that has any
     there = find_spec("uv") or subprocess.run([*PIP, "install", "--quiet", "--no-compile", UV]).returncode == 0
-    if there and subprocess.run([*uv, *shared(settings), *wanted], env=environment).returncode == 0:
+    if there and subprocess.run([*uv, *shared(settings), *wanted], env=given | os.environ).returncode == 0:
         return 0
     print("uv cannot install this: pip tries, and takes some minutes", file=sys.stderr)
     return subprocess.run([*PIP, "install", "--quiet", "--no-compile", *wanted]).returncode

@@ -1,5 +1,6 @@
 """``install.py``: uv with the settings that pip has, and pip where uv cannot."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -47,6 +48,36 @@ def test_uv_follows_the_files_and_the_variables_of_pip(install, tmp_path):
     assert (done.returncode, done.stderr, version_in(tmp_path)) == (0, "", "VERSION = '2.0'\n")
     bound = install("tiny-package", "--reinstall", PIP_CONSTRAINT=str(tmp_path / "old.txt"))  # pip has no --reinstall
     assert (bound.returncode, bound.stderr, version_in(tmp_path)) == (0, "", "VERSION = '1.0'\n")
+
+
+def test_no_address_stands_in_a_command(tmp_path, monkeypatch):
+    """It may hold a password. What uv is told by its own settings stays as it is."""
+    spec = importlib.util.spec_from_file_location("install", INSTALL)
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    listed = ["global.index-url='https://me:secret@mirror.test/simple'", "install.no-binary='a b'", "global.pre='yes'"]
+    listed += [
+        ":env:.extra-index-url='https://one.test https://two.test'",
+        "global.find-links='w\\nv'",
+        "global.cert='c'",
+    ]
+    listed += ["global.no-index='0'", "download.only-binary='x'", ":env:.index-url='https://you:secret@other.test'"]
+    calls = []
+
+    def run(command, **options):
+        calls.append((command, options.get("env", {})))
+        return subprocess.CompletedProcess(command, 0, "\n".join(listed))
+
+    monkeypatch.setattr(program.subprocess, "run", run)
+    monkeypatch.setenv("UV_FIND_LINKS", "mine")
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    assert program.main(["-e", ".[lab]"]) == 0
+    command, environment = calls[-1]
+    assert command[-5:] == ["--no-binary=a", "--no-binary=b", "--pre", "-e", ".[lab]"]
+    assert not any("test" in word or "secret" in word for word in map(str, command[1:]))
+    told = {"UV_DEFAULT_INDEX": "https://you:secret@other.test", "UV_INDEX": "https://one.test https://two.test"}
+    told |= {"UV_FIND_LINKS": "mine", "SSL_CERT_FILE": "c"}
+    assert told.items() <= environment.items()
 
 
 def test_pip_takes_what_uv_cannot(install, tmp_path):
