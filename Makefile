@@ -3,7 +3,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 # A module is compiled when it is first imported, and then kept, whatever the environment says: most files of the
 # libraries never are, and without it each process would compile the whole package anew.
-INSTALL = $(BIN)/python install.py $(PIP_ARGS)
+INSTALL = $(BIN)/python install.py
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run test test-processes test-colab test-browser test-gpu test-machines lab bench bench-network lint badges site slides pages class
@@ -21,7 +21,7 @@ test-colab: .venv/ready
 	@$(BIN)/python -m pytest tests/test_colab.py -m colab
 
 test-browser: .venv/ready
-	@$(INSTALL) -e ".[browser]"
+	@$(INSTALL) -e ".[browser]" -- $(PIP_ARGS)
 	@$(BIN)/python -m pytest tests/test_pages.py tests/test_browser.py -m browser
 
 test-gpu: .venv/ready
@@ -60,13 +60,13 @@ badges: .venv/ready
 .venv/run: pyproject.toml
 	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else 'Python 3.11 to 3.13 is needed, and this is %d.%d: make PYTHON=python3.12 …' % v)"
 	$(PYTHON) -m venv .venv
-	$(INSTALL) -e ".[lab]"
+	$(INSTALL) -e ".[lab]" -- $(PIP_ARGS)
 	@touch $@
 
 .venv/ready: .venv/run
-	$(INSTALL) -e ".[dev,lab,sim,site,track]"
+	$(INSTALL) -e ".[dev,lab,sim,site,track]" -- $(PIP_ARGS)
 	@touch $@
 
 .venv/teaching: .venv/ready
-	$(INSTALL) -e ".[teaching]"
+	$(INSTALL) -e ".[teaching]" -- $(PIP_ARGS)
 	@touch $@

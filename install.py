@@ -1,61 +1,80 @@
-"""Install what the project needs into this Python's environment: ``python install.py '.[lab]'``, as the Makefile does.
+"""Install what the project needs into this Python's environment, as the Makefile does.
 
-uv, which Flower brings along, takes a fifth of pip's time. It reads none of pip's settings, so they are handed on; and
-where it fails, pip has a try.
+``python install.py WHAT … -- OPTIONS``, such as ``install.py -e '.[lab]' --``; the options are pip's. uv, which Flower
+brings along, takes a fifth of pip's time. It reads none of pip's settings, so they are handed on, with the options.
+Where there is one that uv does not know, or where it fails, pip installs.
 """
 
-import ast
+import json
 import os
 import subprocess
 import sys
 from importlib.util import find_spec
 
 UV = "uv>=0.13.5,<0.14"  # as Flower 1.42 asks: another one would replace itself
-SHARED = ("constraint", "no-binary", "no-index", "only-binary", "pre", "require-hashes", "trusted-host")  # by both
-VARIABLES = {  # of uv, for what may hold a password: the words of a command are seen by every user of a machine
-    "index-url": "UV_DEFAULT_INDEX",
-    "extra-index-url": "UV_INDEX",
-    "find-links": "UV_FIND_LINKS",
-    "proxy": "ALL_PROXY",
-    "cert": "SSL_CERT_FILE",
+PIP = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile"]
+EFFECTIVE = """
+import json, sys
+from pip._internal.commands import create_command
+command = create_command("install")
+options = vars(command.parser.parse_args(sys.argv[1:])[0])
+kinds = options.pop("format_control")
+options |= {"no_binary": sorted(kinds.no_binary), "only_binary": sorted(kinds.only_binary)}
+options |= {"no_cache": options["cache_dir"] is False, "timeout": round(options["timeout"])}
+changed = {name: value for name, value in options.items() if value and value != command.parser.defaults.get(name)}
+print(json.dumps(changed, default=str))
+"""  # pip's own reading of its files, variables and options; nothing public tells which of them counts
+VARIABLES = {  # of uv, and what stands between values; words of a command would be seen by every user of the machine
+    "index_url": ("UV_DEFAULT_INDEX", ""),
+    "extra_index_urls": ("UV_INDEX", " "),
+    "find_links": ("UV_FIND_LINKS", ","),
+    "constraints": ("UV_CONSTRAINT", " "),
+    "trusted_hosts": ("UV_INSECURE_HOST", " "),
+    "timeout": ("UV_HTTP_TIMEOUT", ""),
+    "cache_dir": ("UV_CACHE_DIR", ""),
+    "cert": ("SSL_CERT_FILE", ""),
+    "client_cert": ("SSL_CLIENT_CERT", ""),
 }
-PIP = [sys.executable, "-m", "pip"]
+SWITCHES = {"no_index": "--no-index", "pre": "--pre", "require_hashes": "--require-hashes", "no_cache": "--no-cache"}
+VALUES = {"no_binary": "--no-binary", "only_binary": "--only-binary", "target_dir": "--target"}
+NO_MATTER = {
+    "editables",
+    "verbose",
+    "quiet",
+    "disable_pip_version_check",
+    "no_input",
+    "no_color",
+    "progress_bar",
+    "log",
+}
+NO_MATTER |= {"retries", "require_venv", "root_user_action", "compile", "warn_script_location", "proxy"}
 
 
-def main(wanted: list[str]) -> int:
-    """Install ``wanted``, requirements and options that pip and uv share; returns 0, or the exit status of pip."""
-    settings = pip_settings(subprocess.run([*PIP, "config", "list"], capture_output=True, text=True).stdout)
-    given = {VARIABLES[name]: value for name, value in settings.items() if name in VARIABLES}
-    if "find-links" in settings:
-        given["UV_FIND_LINKS"] = ",".join(settings["find-links"].split())
-    uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", sys.executable]
-    uv += ["--index-strategy", "unsafe-best-match"]  # pip's: the best of all indexes, not of the first that has any
-    there = find_spec("uv") or subprocess.run([*PIP, "install", "--quiet", "--no-compile", UV]).returncode == 0
-    if there and subprocess.run([*uv, *shared(settings), *wanted], env=given | os.environ).returncode == 0:
-        return 0
-    print("uv cannot install this: pip tries, and takes some minutes", file=sys.stderr)
-    return subprocess.run([*PIP, "install", "--quiet", "--no-compile", *wanted]).returncode
+def main(words: list[str]) -> int:
+    """Install the words before ``--`` with the options after it; returns 0, or the exit status of pip."""
+    end = words.index("--") if "--" in words else len(words)
+    wanted, options = words[:end], words[end + 1 :]
+    read = subprocess.run([sys.executable, "-c", EFFECTIVE, *options, *wanted], capture_output=True, text=True)
+    settings = json.loads(read.stdout) if read.returncode == 0 else {"pip": "reads them in another way"}
+    if not settings.keys() - VARIABLES.keys() - SWITCHES.keys() - VALUES.keys() - NO_MATTER:
+        there = find_spec("uv") or subprocess.run([*PIP, *options, UV]).returncode == 0
+        command, environment = with_uv(settings)
+        if there and subprocess.run([*command, *wanted], env=environment).returncode == 0:
+            return 0
+        print("uv cannot install this: pip tries, and takes some minutes", file=sys.stderr)
+    return subprocess.run([*PIP, *options, *wanted]).returncode
 
 
-def pip_settings(listed: str) -> dict[str, str]:
-    """What holds for ``pip install``, of the lines of ``pip config list``: global, then its own, then the variables."""
-    found = {}
-    pairs = [line.split("=", 1) for line in listed.splitlines() if "=" in line]
-    for part in ("global.", "install.", ":env:."):
-        found |= {name.removeprefix(part): ast.literal_eval(value) for name, value in pairs if name.startswith(part)}
-    return found
-
-
-def shared(settings: dict[str, str]) -> list[str]:
-    """The settings that uv takes, as options: a switch where one is true, else an option for each of its values."""
-    options = []
-    for name in SHARED:
-        value = settings.get(name, "")
-        if value.lower() in ("1", "true", "yes", "on"):
-            options.append(f"--{name}")
-        elif value.lower() not in ("0", "false", "no", "off"):
-            options += [f"--{name}={one}" for one in value.split()]
-    return options
+def with_uv(settings: dict) -> tuple[list[str], dict[str, str]]:
+    """uv's command and environment for settings of pip. What uv is told by variables of its own stays as it is."""
+    many = {name: value if isinstance(value, list) else [str(value)] for name, value in settings.items()}
+    told = {"UV_INDEX_STRATEGY": "unsafe-best-match"}  # pip's: the best of all indexes, not of the first that has any
+    told |= {variable: between.join(many[name]) for name, (variable, between) in VARIABLES.items() if name in many}
+    command = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", sys.executable]
+    command += [switch for name, switch in SWITCHES.items() if name in settings]
+    command += [f"{option}={value}" for name, option in VALUES.items() for value in many.get(name, [])]
+    proxy = {name: settings["proxy"] for name in ("HTTP_PROXY", "HTTPS_PROXY") if "proxy" in settings}
+    return command, told | os.environ | proxy
 
 
 if __name__ == "__main__":

@@ -53,3 +53,14 @@ def told_to(mark):
         with contextlib.suppress(psutil.Error):  # it has just ended
             found[process.pid] = " ".join([*process.cmdline(), *process.environ().values()])
     return found
+
+
+def running_server_apps(mark):
+    """Processes of runs, by number: Flower's own, or forks of the one that is ready for them."""
+    said = {pid: words for pid, words in told_to(mark).items() if "flwr-serverapp" in words}
+    found = []
+    for pid, words in said.items():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if "deployment.forking" not in words or psutil.Process(pid).ppid() in said:
+                found.append(pid)
+    return found

@@ -23,18 +23,26 @@ def wheel(folder, version):
 
 
 @pytest.fixture
-def install(tmp_path):
-    """Installs into a folder of its own; pip may look at two wheels and nowhere else."""
-    for version in ("1.0", "2.0"):
-        wheel(tmp_path, version)
-    (tmp_path / "old.txt").write_text("tiny-package<2\n")
-    (tmp_path / "pip.conf").write_text(f"[global]\nno-index = true\nfind-links = {tmp_path}\npre = no\n")
-    left = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
+def clean(monkeypatch, tmp_path):
+    """No settings of this machine's pip and uv: only ``pip.conf`` in the test's folder."""
+    for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
 
-    def run(*wanted, **variables):
-        ours = {"PIP_CONFIG_FILE": str(tmp_path / "pip.conf"), "UV_CACHE_DIR": str(tmp_path / "cache")}
-        command = [sys.executable, INSTALL, "--target", tmp_path / "there", *wanted]
-        return subprocess.run(command, env=left | ours | variables, capture_output=True, text=True)
+
+@pytest.fixture
+def install(clean, tmp_path):
+    """Installs into a folder of its own; pip may look at two wheels and nowhere else."""
+    (tmp_path / "wheels").mkdir()
+    for version in ("1.0", "2.0"):
+        wheel(tmp_path / "wheels", version)
+    (tmp_path / "old.txt").write_text("tiny-package<2\n")
+    (tmp_path / "pip.conf").write_text(f"[global]\nno-index = true\nfind-links = {tmp_path / 'wheels'}\n")
+
+    def run(wanted, *options):
+        command = [sys.executable, INSTALL, wanted, "--", "--target", tmp_path / "there", *options]
+        return subprocess.run(command, capture_output=True, text=True)
 
     return run
 
@@ -43,49 +51,84 @@ def version_in(folder):
     return (folder / "there" / "tiny_package.py").read_text()
 
 
-def test_uv_follows_the_files_and_the_variables_of_pip(install, tmp_path):
-    done = install("tiny-package")
+@pytest.mark.parametrize("by_uv", [True, False], ids=["uv", "pip"])
+def test_files_variables_and_options_of_pip_count(install, tmp_path, monkeypatch, by_uv):
+    """uv leaves its cache behind; pip takes over where it has an option that uv is not told."""
+    more = [] if by_uv else ["--ignore-installed"]
+    done = install("tiny-package", *more)
     assert (done.returncode, done.stderr, version_in(tmp_path)) == (0, "", "VERSION = '2.0'\n")
-    bound = install("tiny-package", "--reinstall", PIP_CONSTRAINT=str(tmp_path / "old.txt"))  # pip has no --reinstall
+    assert (tmp_path / "cache").exists() == by_uv
+    monkeypatch.setenv("PIP_CONSTRAINT", str(tmp_path / "old.txt"))
+    (tmp_path / "there").rename(tmp_path / "before")
+    bound = install("tiny-package", *more)
     assert (bound.returncode, bound.stderr, version_in(tmp_path)) == (0, "", "VERSION = '1.0'\n")
-
-
-def test_no_address_stands_in_a_command(tmp_path, monkeypatch):
-    """It may hold a password. What uv is told by its own settings stays as it is."""
-    spec = importlib.util.spec_from_file_location("install", INSTALL)
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
-    listed = ["global.index-url='https://me:secret@mirror.test/simple'", "install.no-binary='a b'", "global.pre='yes'"]
-    listed += [
-        ":env:.extra-index-url='https://one.test https://two.test'",
-        "global.find-links='w\\nv'",
-        "global.cert='c'",
-    ]
-    listed += ["global.no-index='0'", "download.only-binary='x'", ":env:.index-url='https://you:secret@other.test'"]
-    calls = []
-
-    def run(command, **options):
-        calls.append((command, options.get("env", {})))
-        return subprocess.CompletedProcess(command, 0, "\n".join(listed))
-
-    monkeypatch.setattr(program.subprocess, "run", run)
-    monkeypatch.setenv("UV_FIND_LINKS", "mine")
-    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
-    assert program.main(["-e", ".[lab]"]) == 0
-    command, environment = calls[-1]
-    assert command[-5:] == ["--no-binary=a", "--no-binary=b", "--pre", "-e", ".[lab]"]
-    assert not any("test" in word or "secret" in word for word in map(str, command[1:]))
-    told = {"UV_DEFAULT_INDEX": "https://you:secret@other.test", "UV_INDEX": "https://one.test https://two.test"}
-    told |= {"UV_FIND_LINKS": "mine", "SSL_CERT_FILE": "c"}
-    assert told.items() <= environment.items()
-
-
-def test_pip_takes_what_uv_cannot(install, tmp_path):
-    done = install("tiny-package", "--ignore-installed")  # an option that uv does not have
-    assert done.returncode == 0 and "uv cannot install this: pip tries" in done.stderr
-    assert version_in(tmp_path) == "VERSION = '2.0'\n"
 
 
 def test_what_nobody_has_is_said_and_is_a_failure(install):
     done = install("no-such-package-anywhere")
     assert done.returncode != 0 and "no-such-package-anywhere" in done.stderr
+    assert "uv cannot install this: pip tries" in done.stderr
+
+
+@pytest.fixture
+def told(clean, tmp_path, monkeypatch):
+    """What each program is started with, the first one apart: that is pip's own reading of its settings."""
+    spec = importlib.util.spec_from_file_location("install", INSTALL)
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    real, calls = subprocess.run, []
+
+    def run(command, **options):
+        if program.EFFECTIVE in command:
+            return real(command, **options)
+        calls.append((list(map(str, command)), options.get("env")))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(program.subprocess, "run", run)
+
+    def started(*options):
+        assert program.main(["-e", ".[lab]", "--", *options]) == 0
+        return calls.pop()
+
+    return started
+
+
+def test_an_option_goes_before_a_variable_and_that_before_a_file(told, tmp_path, monkeypatch):
+    conf = "[global]\nindex-url = https://file.test\nextra-index-url = https://one.test https://two.test\n"
+    (tmp_path / "pip.conf").write_text(f"{conf}quiet = 1\ntimeout = 99\n[install]\nno-binary = a,b\n")
+    found = []
+    for given, options in (
+        ({}, []),
+        ({"PIP_INDEX_URL": "https://me:secret@v.test"}, []),
+        ({}, ["-i", "https://o.test"]),
+    ):
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        command, environment = told(*options)
+        assert command[-4:] == ["--no-binary=a", "--no-binary=b", "-e", ".[lab]"]
+        assert not any(".test" in word or "secret" in word for word in command), "every user of a machine sees them"
+        assert (environment["UV_INDEX"], environment["UV_HTTP_TIMEOUT"]) == (
+            "https://one.test https://two.test",
+            "99",
+        )
+        found.append(environment["UV_DEFAULT_INDEX"])
+    assert found == ["https://file.test", "https://me:secret@v.test", "https://o.test"]
+
+
+def test_an_empty_variable_leaves_the_file_and_uv_s_own_variables_stay(told, tmp_path, monkeypatch):
+    (tmp_path / "pip.conf").write_text("[global]\nindex-url = https://file.test\nproxy = http://p.test:1\n")
+    for name, value in {"PIP_INDEX_URL": "", "PIP_NO_CACHE_DIR": "1", "HTTPS_PROXY": "http://q.test"}.items():
+        monkeypatch.setenv(name, value)
+    command, environment = told()
+    assert environment["UV_DEFAULT_INDEX"] == "https://file.test" and "--no-cache" in command
+    assert environment["HTTPS_PROXY"] == environment["HTTP_PROXY"] == "http://p.test:1", "as for pip"
+    monkeypatch.setenv("UV_DEFAULT_INDEX", "https://mine.test")
+    monkeypatch.setenv("UV_INDEX_STRATEGY", "first-index")
+    _, environment = told()
+    assert (environment["UV_DEFAULT_INDEX"], environment["UV_INDEX_STRATEGY"]) == ("https://mine.test", "first-index")
+
+
+def test_a_setting_that_uv_is_not_told_is_left_to_pip(told, tmp_path):
+    (tmp_path / "pip.conf").write_text("[install]\nkeyring-provider = subprocess\n")
+    command, _ = told("--pre")
+    assert command[1:4] == ["-m", "pip", "install"] and command[-3:] == ["--pre", "-e", ".[lab]"]

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -26,9 +27,10 @@ ONLY_HERE = {  # while this process imports and loads; children have the environ
 }
 MOST = 65536  # bytes that a pipe holds, so that no child waits for a reader
 PROCESS = "fedllm_helpers.models.process"
-NEEDED = {  # by Flower's commands: the module that has it, and the app
-    "flwr-clientapp": ("flwr.supernode.cli.flwr_clientapp", "fedllm_helpers.federation.client_app"),
-    "flwr-serverapp": ("flwr.superlink.cli.flwr_serverapp", "fedllm_helpers.federation.server_app"),
+CLIENT_APP, SERVER_APP = "flwr-clientapp", "flwr-serverapp"  # Flower's commands
+NEEDED = {  # the module that has the command, and the app
+    CLIENT_APP: ("flwr.supernode.cli.flwr_clientapp", "fedllm_helpers.federation.client_app"),
+    SERVER_APP: ("flwr.superlink.cli.flwr_serverapp", "fedllm_helpers.federation.server_app"),
 }
 WITH_A_GPU = (  # without PEFT: its bitsandbytes begins CUDA when it is imported
     "datasets",
@@ -56,7 +58,7 @@ class Ready:
     told: dict[int, int] = field(default_factory=dict)  # by child, this end of its pipe
 
 
-def prepared(task: str = "flwr-clientapp") -> Ready:
+def prepared(task: str = CLIENT_APP) -> Ready:
     """Import what messages need, with one thread: of a pool of threads, a child would have none and wait for ever."""
     package = Path(__file__).parents[1]
     known, code = same_code.digest(package), same_code.state(same_code.brought(package))
@@ -67,7 +69,7 @@ def prepared(task: str = "flwr-clientapp") -> Ready:
     fresh = {"threads": torch.get_num_threads(), "dice": torch.get_rng_state(), "environment": before}
     torch.set_num_threads(1)
     gpu = torch.cuda.is_available()
-    training = TRAINING if task == "flwr-clientapp" else ()
+    training = TRAINING if task == CLIENT_APP else ()
     for name in (*NEEDED[task], *(WITH_A_GPU if gpu else (*USED, *training))):
         import_module(name)
     if gpu:
@@ -155,7 +157,8 @@ def answer(ready: Ready, command: list[str]) -> int:
     run = getattr(import_module(NEEDED[command[0]][0]), command[0].replace("-", "_"))
     ready.kept.put_aside()
     try:
-        run()
+        with _unheard() if command[0] == SERVER_APP else contextlib.nullcontext():
+            run()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     if not ready.kept.used:
@@ -165,6 +168,16 @@ def answer(ready: Ready, command: list[str]) -> int:
         with contextlib.suppress(OSError):
             os.write(ready.fresh["pipe"], json.dumps(process.held()).encode())
     return code
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Write nothing to the log of the SuperLink, as where Flower starts a run: it has a log of its own."""
+    with contextlib.ExitStack() as after:
+        for stream in (1, 2):
+            after.callback(os.dup2, os.dup(stream), stream)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        yield
 
 
 def reap(ready: Ready) -> None:

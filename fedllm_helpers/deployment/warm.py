@@ -34,7 +34,8 @@ TASKS = {LINK: "flwr-serverapp", NODE: "flwr-clientapp"}  # what they have done,
 PORTS = {LINK: 8000, NODE: 9094}  # Flower's own
 LEFT_TO_FLOWER = ("--isolation", "--superexec-auth-secret-file", "--allow-runtime-dependency-installation")
 LEFT_TO_FLOWER += ("--simulation",)
-INSTALLS = "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"  # unless this is 1, a SuperLink does, for each run
+INSTALLS = "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"  # unless this is 1, a SuperLink does, for each run;
+NOTHING_INSTALLED = "--disable-runtime-dependency-installation"  # or this is said
 
 
 def command(*options: str) -> list[str]:
@@ -57,7 +58,7 @@ def why_cold(program: str, options: list[str]) -> str:
         return "only on Linux can a process fork that has imported torch"
     if not metadata.version("flwr").startswith(TRIED):
         return f"Flower {metadata.version('flwr')}: this was tried with {TRIED}*"
-    if program == LINK and os.environ.get(INSTALLS) != "1":
+    if program == LINK and os.environ.get(INSTALLS) != "1" and NOTHING_INSTALLED not in options:
         return f"{INSTALLS} is not 1, and what a run asks for is installed"
     left = (*LEFT_TO_FLOWER, *(["--ssl-certfile"] if program == NODE else []))  # a SuperNode's own, for these messages
     return next((f"{name} is set" for name in left for one in options if one.split("=")[0] == name), "")

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from omegaconf import DictConfig
 
 from fedllm_helpers.deployment import certificates
+from fedllm_helpers.models import embedded
 from fedllm_helpers.site.findings import FAULT, NOTE, OK, Finding
 
 ROOM = 1_000_000_000  # bytes: checkpoints, logs and Flower's own files of a short run
@@ -104,8 +105,6 @@ def _time(host: str, port: int, authority: str) -> Iterator[Finding]:
 
 def model(cfg: DictConfig) -> Iterator[Finding]:
     """Whether the base model lies on this machine: nothing is fetched for it."""
-    from fedllm_helpers.models import embedded  # imports torch
-
     folder = embedded.folder_of(cfg.model.name)
     if folder is None:
         how = "bring its folder here and name that in model.name, or let this machine fetch it once"

@@ -7,7 +7,7 @@ import sys
 import threading
 
 import pytest
-from deployed import SMALL, log, same, started, told_to, until
+from deployed import SMALL, log, running_server_apps, same, started, until
 from omegaconf import OmegaConf
 
 from fedllm_helpers import config, deployment
@@ -83,7 +83,7 @@ def test_a_server_that_is_killed_and_one_whose_disk_is_full_go_on_to_the_same_bi
 
     number = deployed_runs.submit(running, cfg, "hard")
     until((folder / "round-000002.safetensors").exists)
-    for pid in (pid for pid, words in told_to(running.mark).items() if "flwr-serverapp" in words):
+    for pid in running_server_apps(running.mark):
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # no larger file is taken
     with pytest.raises(
         RuntimeError, match="round 3 cannot be kept in .*File too large.* the rounds before are whole: make room"
@@ -155,7 +155,7 @@ def test_nothing_is_left_of_a_process_that_died_or_was_interrupted(tmp_path, how
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
     mark = process.stdout.readline().strip()
     assert mark, (tmp_path / "said.txt").read_text()
-    until(lambda: any("flwr-serverapp" in words for words in told_to(mark).values()))
+    until(lambda: running_server_apps(mark))
     process.send_signal(how)
     process.wait(60)
     until(lambda: not list(watchdog.marked(mark)), 60)

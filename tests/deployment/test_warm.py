@@ -12,12 +12,13 @@ import psutil
 import pytest
 from deployed import SMALL, started, until
 
-from fedllm_helpers import config
+from fedllm_helpers import config, deployment
 from fedllm_helpers.deployment import runs as deployed_runs
 from fedllm_helpers.deployment import same_code, warm, watchdog
 from fedllm_helpers.federation import simulation
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Flower starts a process for each message")
+FORKING = "fedllm_helpers.deployment.forking"
 OPEN = ["--insecure"]  # to a SuperNode on the same machine
 WHO_IMPORTS_WHAT = """
 import os, sys
@@ -75,6 +76,7 @@ def test_the_same_bits_and_children_import_nothing_anew(running, cfg):
         assert heavy <= ready and not any(heavy & names for names in messages.values())
     ready, others = imported_by(running, "server")  # the others are a run, and Flower's commands
     assert heavy <= ready and others and not any(heavy & names for names in others.values())
+    assert "round 1 of 2" not in (running.folder / "server" / "log.txt").read_text(), "a run has a log of its own"
     for party in ("hospital-0", "hospital-1", "server"):
         assert "warm:" not in (running.folder / party / "log.txt").read_text(), "nothing was out of order"
 
@@ -99,6 +101,10 @@ def test_when_the_ready_process_is_killed_messages_are_answered_all_the_same(run
 @pytest.mark.processes
 @pytest.mark.parametrize("party", ["hospital-1", "server"])
 def test_nothing_is_left_of_a_party_that_was_killed(running, party):
+    if party == "server":  # whose ready process is gone
+        deployment.kill(running, party)
+        deployment.start_server(running)
+        until(lambda: FORKING in " ".join(family(running, party)[2].cmdline()))
     home = str(running.folder / party)
     node, *others = family(running, party)
     os.kill(node.pid, signal.SIGKILL)
@@ -110,7 +116,7 @@ def test_nothing_is_left_of_a_party_that_was_killed(running, party):
 CHANGED = """
 import os, sys
 from pathlib import Path
-from fedllm_helpers import config
+from fedllm_helpers import config, deployment
 from fedllm_helpers.deployment import forking
 from fedllm_helpers.models import process
 
@@ -222,6 +228,7 @@ def test_a_superlink_is_asked_as_its_own_options_say(monkeypatch):
     assert warm.why_cold(warm.LINK, options) == ""
     assert warm.why_cold(warm.LINK, [*options, "--simulation"]) == "--simulation is set"
     monkeypatch.delenv(warm.INSTALLS)
+    assert warm.why_cold(warm.LINK, [*options, warm.NOTHING_INSTALLED]) == ""
     assert "what a run asks for is installed" in warm.why_cold(warm.LINK, options)
 
 
