@@ -1,8 +1,8 @@
 """Install what the project needs into this Python's environment, as the Makefile does.
 
 ``python install.py WHAT … -- OPTIONS``, such as ``install.py -e '.[lab]' --``; the options are pip's. uv, which Flower
-brings along, takes a fifth of pip's time. It reads none of pip's settings, so they are handed on, with the options.
-Where there is one that uv does not know, or where it fails, pip installs.
+brings along, takes less than a third of pip's time. It reads none of pip's settings, so they are handed on, with the
+options. Where there is one that uv does not know, or where it fails, pip installs.
 """
 
 import json
@@ -37,17 +37,10 @@ VARIABLES = {  # of uv, and what stands between values; words of a command would
 }
 SWITCHES = {"no_index": "--no-index", "pre": "--pre", "require_hashes": "--require-hashes", "no_cache": "--no-cache"}
 VALUES = {"no_binary": "--no-binary", "only_binary": "--only-binary", "target_dir": "--target"}
-NO_MATTER = {
-    "editables",
-    "verbose",
-    "quiet",
-    "disable_pip_version_check",
-    "no_input",
-    "no_color",
-    "progress_bar",
-    "log",
-}
-NO_MATTER |= {"retries", "require_venv", "root_user_action", "compile", "warn_script_location", "proxy"}
+ELSEWHERE = {"editables", "proxy"}  # they stand among the words, and are handed on below
+NO_MATTER = {"verbose", "quiet", "disable_pip_version_check", "no_input", "no_color", "progress_bar", "log", "retries"}
+NO_MATTER |= {"require_venv", "root_user_action", "compile", "warn_script_location"}
+KNOWN = {*VARIABLES, *SWITCHES, *VALUES, *ELSEWHERE, *NO_MATTER}
 
 
 def main(words: list[str]) -> int:
@@ -56,7 +49,7 @@ def main(words: list[str]) -> int:
     wanted, options = words[:end], words[end + 1 :]
     read = subprocess.run([sys.executable, "-c", EFFECTIVE, *options, *wanted], capture_output=True, text=True)
     settings = json.loads(read.stdout) if read.returncode == 0 else {"pip": "reads them in another way"}
-    if not settings.keys() - VARIABLES.keys() - SWITCHES.keys() - VALUES.keys() - NO_MATTER:
+    if settings.keys() <= KNOWN:
         there = find_spec("uv") or subprocess.run([*PIP, *options, UV]).returncode == 0
         command, environment = with_uv(settings)
         if there and subprocess.run([*command, *wanted], env=environment).returncode == 0:
